@@ -1,0 +1,45 @@
+"""What the engine refuses at the door, so that no plan ever meets an impossible sequence."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence as Seq
+
+from runtime.engine_config import EngineInfo
+from runtime.errors import BadRequest, ContextLengthExceeded
+from runtime.request import SamplingParams, Sequence
+
+_SEEDS = random.SystemRandom()
+
+
+def admit(seq_id: int, prompt_ids: Seq[int], params: SamplingParams, info: EngineInfo) -> Sequence:
+    """A waiting `Sequence` for this request.
+
+    ``max_tokens`` beyond the context is clamped (the answer then ends with "length").
+    Raises `BadRequest` for an empty prompt or a token id outside the vocabulary, and
+    `ContextLengthExceeded` for a prompt that leaves no room for a token.
+    """
+    if not prompt_ids:
+        raise BadRequest("the prompt is empty", param="messages", code="invalid_value")
+    if len(prompt_ids) >= info.max_model_len:
+        raise ContextLengthExceeded(len(prompt_ids), info.max_model_len)
+    for name, token_ids in (
+        ("messages", prompt_ids),
+        ("stop_token_ids", params.stop_token_ids),
+        ("logit_bias", tuple(token_id for token_id, _ in params.logit_bias)),
+    ):
+        if token_ids and not (min(token_ids) >= 0 and max(token_ids) < info.vocab_size):
+            bad = next(i for i in token_ids if not 0 <= i < info.vocab_size)
+            raise BadRequest(
+                f"token id {bad} is outside the vocabulary of {info.vocab_size} tokens",
+                param=name,
+                code="invalid_value",
+            )
+    room = info.max_model_len - len(prompt_ids)
+    return Sequence(
+        seq_id=seq_id,
+        prompt_ids=prompt_ids,
+        params=params,
+        seed=_SEEDS.getrandbits(63) if params.seed is None else params.seed,
+        max_new_tokens=min(params.max_tokens or room, room),
+    )

@@ -1,0 +1,166 @@
+"""What the user asked for (`EngineConfig`) and what the engine will do (`EngineInfo`)."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from runtime.errors import ConfigError
+
+GIB = 1 << 30
+DEFAULT_PAGE_SIZE = 16
+WORKSPACE_BYTES = GIB
+"""Left free on a GPU beside weights and pages, for activations and the CUDA context."""
+CPU_FLOAT32_BYTES = 2 * GIB
+"""Up to this many bytes of float32 weights the CPU runs float32: exact, and faster at that size."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Engine options as given; None and "auto" are decided when the engine starts.
+
+    Raises `ConfigError` naming the flag, the value and what is allowed.
+    """
+
+    model: str
+    device: str = "auto"  # auto | cpu | cuda | cuda:N
+    dtype: str = "auto"  # auto | float32 | bfloat16 | float16
+    max_model_len: int | None = None  # tokens of prompt and answer together
+    max_num_seqs: int | None = None  # sequences running at once
+    max_step_tokens: int | None = None  # tokens of one step: decodes and prompt chunks together
+    page_size: int = DEFAULT_PAGE_SIZE  # tokens in a page of the KV cache
+    kv_cache_memory: int | None = None  # bytes
+    num_threads: int | None = None  # CPU threads of the engine process
+
+    def __post_init__(self) -> None:
+        if self.device not in ("auto", "cpu", "cuda") and not (
+            self.device.startswith("cuda:") and self.device[5:].isdecimal()
+        ):
+            raise ConfigError(f"--device {self.device!r} is not one of auto, cpu, cuda, cuda:N")
+        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
+            raise ConfigError(
+                f"--dtype {self.dtype!r} is not one of auto, float32, bfloat16, float16"
+            )
+        for name in ("max_model_len", "max_num_seqs", "max_step_tokens", "kv_cache_memory"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+        if self.num_threads is not None and self.num_threads < 1:
+            raise ConfigError(f"--threads must be at least 1, got {self.num_threads}")
+        if self.page_size not in (1, 2, 4, 8, 16, 32, 64, 128):
+            raise ConfigError(f"--page-size must be a power of two up to 128, got {self.page_size}")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def resolve_device(self) -> torch.device:
+        """The device to run on. Raises `ConfigError` if a GPU was asked for and none is there."""
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = torch.device(self.device)
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise ConfigError(
+                f"--device {self.device}: this machine shows {torch.cuda.device_count()} CUDA "
+                "devices to PyTorch; use --device cpu or install a CUDA build of torch"
+            )
+        return device
+
+    def resolve_dtype(
+        self, device: torch.device, checkpoint_dtype: torch.dtype, num_parameters: int
+    ) -> torch.dtype:
+        """The dtype of weights, activations and cache."""
+        if self.dtype != "auto":
+            dtype = getattr(torch, self.dtype)
+            assert isinstance(dtype, torch.dtype)
+            return dtype
+        if device.type == "cpu" and 4 * num_parameters <= CPU_FLOAT32_BYTES:
+            return torch.float32
+        return checkpoint_dtype
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What the engine decided at its start; shown once to the user and used for admission."""
+
+    model: str
+    architecture: str
+    num_parameters: int
+    weight_bytes: int
+    device: str
+    dtype: str
+    max_model_len: int
+    max_num_seqs: int
+    max_step_tokens: int
+    page_size: int
+    num_pages: int
+    kv_cache_bytes: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> EngineInfo:
+        return cls(**{**raw, "eos_token_ids": tuple(raw["eos_token_ids"])})
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated on a device; for the CPU, what Linux calls available."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        with open("/proc/meminfo", encoding="ascii") as meminfo:  # noqa: PTH123 - a kernel interface
+            for line in meminfo:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 4 * GIB
+
+
+def resolve_pages(
+    config: EngineConfig,
+    *,
+    device: torch.device,
+    bytes_per_token: int,
+    model_max_len: int,
+) -> tuple[int, int, int]:
+    """``(num_pages, max_model_len, max_num_seqs)`` by arithmetic, after the weights are in place.
+
+    Pages never exceed what every sequence at full length would use. Without ``--kv-cache-memory``
+    a GPU gives all that is free but `WORKSPACE_BYTES`, a CPU a quarter of the free memory up to
+    4 GiB. Without ``--max-model-len`` the context shrinks to what the pages hold.
+    Raises `ConfigError` if the flags cannot be met.
+    """
+    max_num_seqs = config.max_num_seqs or (256 if device.type == "cuda" else 64)
+    wanted_len = config.max_model_len or model_max_len
+    if wanted_len > model_max_len:
+        raise ConfigError(
+            f"--max-model-len {wanted_len} is above the {model_max_len} tokens of this model"
+        )
+    free = available_memory(device)
+    budget = config.kv_cache_memory
+    if budget is None:
+        budget = free - WORKSPACE_BYTES if device.type == "cuda" else min(free // 4, 4 * GIB)
+    elif budget > free:
+        raise ConfigError(
+            f"--kv-cache-memory {budget} bytes is above the {free} bytes free on {device}"
+        )
+    page_bytes = config.page_size * bytes_per_token
+    pages_per_seq = -(-wanted_len // config.page_size)
+    num_pages = min(budget // page_bytes - 1, max_num_seqs * pages_per_seq)  # 1: the dummy page
+    if num_pages < 1:
+        raise ConfigError(
+            f"the KV cache has room for {max(budget, 0)} bytes on {device}, but one page takes "
+            f"{page_bytes}; free memory or give --kv-cache-memory"
+        )
+    capacity = num_pages * config.page_size
+    if capacity < wanted_len and config.max_model_len is not None:
+        raise ConfigError(
+            f"--max-model-len {wanted_len} needs {pages_per_seq * page_bytes} bytes of KV cache, "
+            f"but {budget} bytes are there; lower it to {capacity} or raise --kv-cache-memory"
+        )
+    return num_pages, min(wanted_len, capacity), max_num_seqs

@@ -1,0 +1,258 @@
+"""Who runs in the next step and how many tokens each: admission, chunking, preemption, the end.
+
+Pure Python, no tensors. One step is a token budget filled with decodes first, then with prompt
+chunks in arrival order; a decode is a chunk of length 1, so there is one path for everything.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+from runtime.blocks import PagePool
+from runtime.request import FinishReason, Sequence, SequenceStatus, TokenEvent, TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens [start, end) of one sequence; ``samples`` if the step draws its next token."""
+
+    seq: Sequence
+    start: int
+    end: int
+    samples: bool
+
+    @property
+    def num_tokens(self) -> int:
+        return self.end - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What one step will do. Chunks of a single token come first; every page is allocated."""
+
+    chunks: list[Chunk]
+    num_decodes: int  # chunks with one token
+    started: list[Sequence]  # sequences that got a row since the last plan
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(chunk.num_tokens for chunk in self.chunks)
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """What the runner drew for one chunk whose ``samples`` is set."""
+
+    token_id: int
+    logprobs: TokenLogprobs | None = None
+
+
+class Scheduler:
+    """First come, first served, continuous batching over a `PagePool`.
+
+    ``plan()`` chooses chunks with at most ``max_step_tokens`` tokens and allocates their pages;
+    ``commit()`` is the only place that appends tokens, decides ``finish_reason`` and frees pages.
+    A sequence that cannot get a page makes the latest arrival give its pages back and recompute
+    later, so the earliest always moves on. Callers admit only sequences that fit the whole pool.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_pages: int,
+        page_size: int,
+        max_num_seqs: int,
+        max_step_tokens: int,
+        eos_token_ids: Iterable[int],
+    ) -> None:
+        self.pool = PagePool(num_pages)
+        self.page_size = page_size
+        self.max_num_seqs = max_num_seqs
+        self.max_step_tokens = max_step_tokens
+        self.eos_token_ids = frozenset(eos_token_ids)
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []  # in order of arrival
+        self._sequences: dict[int, Sequence] = {}
+        self._free_rows = list(range(max_num_seqs - 1, -1, -1))
+        self._started: list[Sequence] = []
+
+    # -- in and out ------------------------------------------------------------------------
+
+    def add(self, seq: Sequence) -> None:
+        assert seq.seq_id not in self._sequences, f"sequence {seq.seq_id} added twice"
+        self._sequences[seq.seq_id] = seq
+        self.waiting.append(seq)
+
+    def abort(self, seq_id: int) -> bool:
+        """Forget a sequence in any state and free its pages. False if it is already gone."""
+        seq = self._sequences.get(seq_id)
+        if seq is None:
+            return False
+        if seq.status is SequenceStatus.WAITING:
+            self.waiting.remove(seq)
+        self._finish(seq)
+        return True
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self._sequences)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.running or self.waiting)
+
+    # -- one step --------------------------------------------------------------------------
+
+    def plan(self) -> Plan | None:
+        """The next step, or None if there is nothing to run. Deterministic."""
+        chunks = self._plan_running()
+        chunks += self._plan_waiting(self.max_step_tokens - sum(c.num_tokens for c in chunks))
+        while not chunks and self.running:
+            # Prompts hold every page and none can grow: the latest arrival makes room.
+            self._preempt(self.running[-1])
+            chunks = self._plan_running() or self._plan_waiting(self.max_step_tokens)
+        if not chunks:
+            return None
+        chunks.sort(key=lambda chunk: chunk.num_tokens > 1)
+        started, self._started = self._started, []
+        return Plan(
+            chunks=chunks,
+            num_decodes=sum(chunk.num_tokens == 1 for chunk in chunks),
+            started=[seq for seq in started if seq.status is SequenceStatus.RUNNING],
+        )
+
+    def commit(self, plan: Plan, sampled: Seq[SampledToken]) -> list[TokenEvent]:
+        """Record a finished step. ``sampled`` has one entry per sampling chunk, in plan order."""
+        events = []
+        tokens: Iterator[SampledToken] = iter(sampled)
+        for chunk in plan.chunks:
+            seq = chunk.seq
+            seq.num_computed = chunk.end
+            if not chunk.samples:
+                continue
+            token = next(tokens)
+            seq.output_ids.append(token.token_id)
+            reason = self._finish_reason(seq, token.token_id)
+            if reason is not None:
+                self._finish(seq)
+            events.append(TokenEvent(seq.seq_id, token.token_id, reason, token.logprobs))
+        return events
+
+    def fail_running(self) -> list[TokenEvent]:
+        """End every running sequence after a step that raised; the waiting ones are untouched."""
+        failed = list(self.running)
+        for seq in failed:
+            self._finish(seq)
+        return [TokenEvent(seq.seq_id, None, FinishReason.ERROR) for seq in failed]
+
+    def check(self) -> None:
+        """Assert that pages, rows and sequence lists agree. Called by tests and when idle."""
+        self.pool.check(seq.block_table for seq in self.running)
+        rows = [seq.row for seq in self.running]
+        assert sorted(rows + self._free_rows) == list(range(self.max_num_seqs))
+        assert {*self.running, *self.waiting} == set(self._sequences.values())
+        for seq in self.running:
+            assert len(seq.block_table) * self.page_size >= seq.num_computed
+        for seq in self.waiting:
+            assert not seq.block_table and seq.num_computed == 0 and seq.row == -1
+
+    # -- parts of plan ---------------------------------------------------------------------
+
+    def _plan_running(self) -> list[Chunk]:
+        chunks = []
+        budget = self.max_step_tokens
+        for seq in list(self.running):
+            if budget == 0 or seq.status is not SequenceStatus.RUNNING:
+                continue  # preempted by an earlier sequence of this very loop
+            if seq.num_tokens - seq.num_computed == 1 and self._make_room(seq):
+                chunks.append(self._chunk(seq, 1))
+                budget -= 1
+        for seq in self.running:
+            remaining = seq.num_tokens - seq.num_computed
+            if budget == 0 or remaining == 1:
+                continue
+            num_tokens = self._grow(seq, min(remaining, budget))
+            if num_tokens:
+                chunks.append(self._chunk(seq, num_tokens))
+                budget -= num_tokens
+        return chunks
+
+    def _plan_waiting(self, budget: int) -> list[Chunk]:
+        chunks = []
+        while self.waiting and budget > 0 and self._free_rows:
+            seq = self.waiting[0]
+            # One page beyond the prompt keeps a newcomer from preempting itself at its first token.
+            if self._pages_for(seq.num_tokens + 1) > self.pool.num_free:
+                break
+            self.waiting.popleft()
+            seq.status = SequenceStatus.RUNNING
+            seq.row = self._free_rows.pop()
+            self.running.append(seq)
+            self._started.append(seq)
+            num_tokens = self._grow(seq, min(seq.num_tokens, budget))
+            chunks.append(self._chunk(seq, num_tokens))
+            budget -= num_tokens
+        return chunks
+
+    def _chunk(self, seq: Sequence, num_tokens: int) -> Chunk:
+        end = seq.num_computed + num_tokens
+        return Chunk(seq, seq.num_computed, end, samples=end == seq.num_tokens)
+
+    # -- pages -----------------------------------------------------------------------------
+
+    def _pages_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.page_size)
+
+    def _grow(self, seq: Sequence, num_tokens: int) -> int:
+        """Allocate pages for up to ``num_tokens`` more tokens; how many of them now have room."""
+        have = len(seq.block_table)
+        want = self._pages_for(seq.num_computed + num_tokens) - have
+        take = min(max(want, 0), self.pool.num_free)
+        page_ids = self.pool.allocate(take)
+        assert page_ids is not None
+        seq.block_table += page_ids
+        return min(num_tokens, (have + take) * self.page_size - seq.num_computed)
+
+    def _make_room(self, seq: Sequence) -> bool:
+        """Get a decode its slot, preempting later arrivals; False if it had to yield itself."""
+        while self._grow(seq, 1) == 0:
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is seq:
+                return False
+        return True
+
+    def _preempt(self, seq: Sequence) -> None:
+        """Give a sequence's pages back; it waits in front and recomputes what it knows."""
+        self._release(seq)
+        seq.status = SequenceStatus.WAITING
+        seq.num_computed = 0
+        seq.num_preemptions += 1
+        self.waiting.appendleft(seq)
+
+    def _release(self, seq: Sequence) -> None:
+        self.running.remove(seq)
+        self.pool.free(seq.block_table)
+        seq.block_table = []
+        self._free_rows.append(seq.row)
+        seq.row = -1
+
+    # -- the end ---------------------------------------------------------------------------
+
+    def _finish_reason(self, seq: Sequence, token_id: int) -> FinishReason | None:
+        params = seq.params
+        if len(seq.output_ids) >= params.min_tokens:
+            if token_id in params.stop_token_ids:
+                return FinishReason.STOP
+            if token_id in self.eos_token_ids and not params.ignore_eos:
+                return FinishReason.STOP
+        return FinishReason.LENGTH if len(seq.output_ids) >= seq.max_new_tokens else None
+
+    def _finish(self, seq: Sequence) -> None:
+        if seq.status is SequenceStatus.RUNNING:
+            self._release(seq)
+        seq.status = SequenceStatus.FINISHED
+        del self._sequences[seq.seq_id]

@@ -1,0 +1,105 @@
+"""Messages between the server process and the engine process: framing, and what a message holds.
+
+A frame is a 4-byte big-endian length and that many bytes of JSON. Both ends are ours, but a length
+above `MAX_FRAME_BYTES` is refused before anything is allocated for it.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import struct
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any
+
+from runtime.request import FinishReason, SamplingParams, TokenEvent, TokenLogprobs
+
+MAX_FRAME_BYTES = 64 << 20
+HEADER = struct.Struct(">I")
+
+Message = dict[str, Any]
+
+
+class WireError(Exception):
+    """The other end sent something that cannot be a frame."""
+
+
+def encode(message: Message) -> bytes:
+    body = json.dumps(message, separators=(",", ":")).encode()
+    if len(body) > MAX_FRAME_BYTES:
+        raise WireError(f"a message of {len(body)} bytes is above the limit of {MAX_FRAME_BYTES}")
+    return HEADER.pack(len(body)) + body
+
+
+def body_length(header: bytes) -> int:
+    """Length of the body that follows. Raises `WireError` if it is above the limit."""
+    (length,) = HEADER.unpack(header)
+    if length > MAX_FRAME_BYTES:
+        raise WireError(f"a frame of {length} bytes is above the limit of {MAX_FRAME_BYTES}")
+    return int(length)
+
+
+def decode(body: bytes) -> Message:
+    message = json.loads(body)
+    if not isinstance(message, dict):
+        raise WireError("a frame does not hold an object")
+    return message
+
+
+def receive(sock: socket.socket) -> Message | None:
+    """The next message of a blocking socket, or None once the other end is gone."""
+    header = _read_exactly(sock, HEADER.size)
+    if header is None:
+        return None
+    body = _read_exactly(sock, body_length(header))
+    return None if body is None else decode(body)
+
+
+def _read_exactly(sock: socket.socket, count: int) -> bytes | None:
+    data = bytearray()
+    while len(data) < count:
+        part = sock.recv(min(count - len(data), 1 << 20))
+        if not part:
+            return None
+        data += part
+    return bytes(data)
+
+
+def pack_params(params: SamplingParams) -> Message:
+    """Only what differs from the defaults: most requests set three fields of fifteen."""
+    return {name: value for name, value in asdict(params).items() if value != _DEFAULTS[name]}
+
+
+_DEFAULTS = asdict(SamplingParams())
+
+
+def unpack_params(raw: Message) -> SamplingParams:
+    fields = dict(raw)
+    for name in ("stop", "stop_token_ids"):
+        if name in fields:
+            fields[name] = tuple(fields[name])
+    if "logit_bias" in fields:
+        fields["logit_bias"] = tuple((token_id, bias) for token_id, bias in fields["logit_bias"])
+    return SamplingParams(**fields)
+
+
+def pack_events(events: Iterable[TokenEvent]) -> list[list[Any]]:
+    packed = []
+    for event in events:
+        row: list[Any] = [event.seq_id, event.token_id, event.finish_reason]
+        if event.logprobs is not None:
+            row += [event.logprobs.logprob, event.logprobs.top]
+        packed.append(row)
+    return packed
+
+
+def unpack_events(rows: list[list[Any]]) -> list[TokenEvent]:
+    events = []
+    for seq_id, token_id, reason, *rest in rows:
+        logprobs = None
+        if rest:
+            logprobs = TokenLogprobs(rest[0], tuple((i, value) for i, value in rest[1]))
+        finish_reason = None if reason is None else FinishReason(reason)
+        events.append(TokenEvent(seq_id, token_id, finish_reason, logprobs))
+    return events

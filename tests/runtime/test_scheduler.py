@@ -1,0 +1,226 @@
+"""The scheduler without tensors: exact plans, preemption, abort in every state, no leaks."""
+
+from __future__ import annotations
+
+from itertools import count
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from runtime.request import FinishReason, SamplingParams, Sequence, SequenceStatus
+from runtime.scheduler import Plan, SampledToken, Scheduler
+
+EOS = 1
+
+
+def make_scheduler(
+    *, num_pages: int = 64, page_size: int = 4, max_num_seqs: int = 8, max_step_tokens: int = 16
+) -> Scheduler:
+    return Scheduler(
+        num_pages=num_pages,
+        page_size=page_size,
+        max_num_seqs=max_num_seqs,
+        max_step_tokens=max_step_tokens,
+        eos_token_ids=[EOS],
+    )
+
+
+def make_sequence(
+    seq_id: int, num_prompt: int, max_new_tokens: int = 4, params: SamplingParams | None = None
+) -> Sequence:
+    return Sequence(
+        seq_id=seq_id,
+        prompt_ids=list(range(10, 10 + num_prompt)),
+        params=params or SamplingParams(),
+        seed=0,
+        max_new_tokens=max_new_tokens,
+    )
+
+
+def shape(plan: Plan | None) -> list[tuple[int, int, int]]:
+    assert plan is not None
+    return [(chunk.seq.seq_id, chunk.start, chunk.end) for chunk in plan.chunks]
+
+
+def finish_step(scheduler: Scheduler, plan: Plan | None, token_id: int = 7) -> None:
+    assert plan is not None
+    scheduler.commit(plan, [SampledToken(token_id) for chunk in plan.chunks if chunk.samples])
+    scheduler.check()
+
+
+def test_decodes_come_first_and_prompts_fill_the_rest_of_the_budget() -> None:
+    scheduler = make_scheduler(max_step_tokens=16)
+    scheduler.add(make_sequence(0, 5))
+    plan = scheduler.plan()
+    assert shape(plan) == [(0, 0, 5)]
+    finish_step(scheduler, plan)
+    scheduler.add(make_sequence(1, 20))
+    scheduler.add(make_sequence(2, 3))
+    plan = scheduler.plan()
+    assert shape(plan) == [(0, 5, 6), (1, 0, 15)]
+    assert plan is not None
+    assert [chunk.samples for chunk in plan.chunks] == [True, False]
+    assert plan.num_decodes == 1
+    finish_step(scheduler, plan)
+    assert shape(scheduler.plan()) == [(0, 6, 7), (1, 15, 20), (2, 0, 3)]
+
+
+def test_a_running_sequence_gets_a_token_in_every_step_while_long_prompts_arrive() -> None:
+    scheduler = make_scheduler(max_step_tokens=8)
+    scheduler.add(make_sequence(0, 2, max_new_tokens=30))
+    finish_step(scheduler, scheduler.plan())
+    for seq_id in range(1, 5):
+        scheduler.add(make_sequence(seq_id, 25))
+    for step in range(20):
+        plan = scheduler.plan()
+        assert (0, 2 + step, 3 + step) in shape(plan)
+        finish_step(scheduler, plan)
+
+
+def test_a_one_token_chunk_of_a_prompt_is_planned_among_the_decodes() -> None:
+    scheduler = make_scheduler(max_step_tokens=5)
+    scheduler.add(make_sequence(0, 4))
+    scheduler.add(make_sequence(1, 9))
+    plan = scheduler.plan()
+    assert shape(plan) == [(1, 0, 1), (0, 0, 4)]
+    assert plan is not None
+    assert plan.num_decodes == 1
+    assert [chunk.samples for chunk in plan.chunks] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("params", "tokens", "reason"),
+    [
+        (SamplingParams(), [7, EOS], FinishReason.STOP),
+        (SamplingParams(), [7, 7, 7, 7], FinishReason.LENGTH),
+        (SamplingParams(ignore_eos=True), [EOS, EOS, EOS, EOS], FinishReason.LENGTH),
+        (SamplingParams(stop_token_ids=(9,)), [7, 9], FinishReason.STOP),
+        (SamplingParams(), [7, 7, 7, EOS], FinishReason.STOP),
+    ],
+)
+def test_finish_reason(params: SamplingParams, tokens: list[int], reason: FinishReason) -> None:
+    scheduler = make_scheduler()
+    scheduler.add(make_sequence(0, 3, params=params))
+    reasons = []
+    for token_id in tokens:
+        plan = scheduler.plan()
+        assert plan is not None
+        reasons += [e.finish_reason for e in scheduler.commit(plan, [SampledToken(token_id)])]
+    assert reasons == [None] * (len(tokens) - 1) + [reason]
+    assert scheduler.num_sequences == 0
+    assert scheduler.pool.num_free == scheduler.pool.num_pages
+
+
+def test_the_latest_arrival_yields_its_pages_and_recomputes_later() -> None:
+    scheduler = make_scheduler(num_pages=4, page_size=4)
+    scheduler.add(make_sequence(0, 7, max_new_tokens=9))
+    scheduler.add(make_sequence(1, 7, max_new_tokens=9))
+    finish_step(scheduler, scheduler.plan())  # both hold two pages: 7 tokens and room for 1
+    finish_step(scheduler, scheduler.plan())
+    plan = scheduler.plan()  # position 8 needs a third page for each, and none is free
+    assert shape(plan) == [(0, 8, 9)]
+    finish_step(scheduler, plan)
+    waiting = scheduler.waiting[0]
+    assert (waiting.seq_id, waiting.num_computed, waiting.output_ids) == (1, 0, [7, 7])
+    while 0 in {seq.seq_id for seq in scheduler.running}:
+        finish_step(scheduler, scheduler.plan())
+    plan = scheduler.plan()
+    assert shape(plan) == [(1, 0, 9)]  # prompt and its two known answers in one chunk
+    assert plan is not None
+    assert plan.chunks[0].samples
+    assert [seq.seq_id for seq in plan.started] == [1]
+
+
+def test_two_half_read_prompts_that_fill_the_pool_do_not_deadlock() -> None:
+    scheduler = make_scheduler(num_pages=8, page_size=1, max_step_tokens=4)
+    scheduler.add(make_sequence(0, 6, max_new_tokens=2))
+    scheduler.add(make_sequence(1, 5, max_new_tokens=3))
+    for _ in range(40):
+        plan = scheduler.plan()
+        if plan is None:
+            break
+        finish_step(scheduler, plan)
+    assert scheduler.num_sequences == 0
+
+
+def test_abort_is_idempotent_and_frees_pages_in_every_state() -> None:
+    scheduler = make_scheduler(num_pages=6, max_num_seqs=1)
+    scheduler.add(make_sequence(0, 5))
+    scheduler.add(make_sequence(1, 5))
+    finish_step(scheduler, scheduler.plan())
+    assert scheduler.abort(1)  # waiting
+    assert scheduler.abort(0)  # running
+    assert not scheduler.abort(0)
+    assert not scheduler.abort(99)
+    scheduler.check()
+    assert scheduler.plan() is None
+    assert scheduler.pool.num_free == 6
+
+
+def test_a_failed_step_ends_the_running_and_spares_the_waiting() -> None:
+    scheduler = make_scheduler(max_num_seqs=1)
+    scheduler.add(make_sequence(0, 5))
+    scheduler.add(make_sequence(1, 5))
+    scheduler.plan()
+    events = scheduler.fail_running()
+    assert [(e.seq_id, e.token_id, e.finish_reason) for e in events] == [
+        (0, None, FinishReason.ERROR)
+    ]
+    scheduler.check()
+    assert shape(scheduler.plan()) == [(1, 0, 5)]
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_any_history_leaves_no_page_behind_and_loses_no_token(data: st.DataObject) -> None:
+    page_size = data.draw(st.sampled_from([1, 4, 16]))
+    capacity = data.draw(st.integers(2, 12)) * page_size
+    scheduler = make_scheduler(
+        num_pages=capacity // page_size,
+        page_size=page_size,
+        max_num_seqs=data.draw(st.integers(1, 5)),
+        max_step_tokens=data.draw(st.sampled_from([1, 3, 16, 64])),
+    )
+    next_id, live = count(), dict[int, Sequence]()
+    for _ in range(data.draw(st.integers(1, 60))):
+        match data.draw(st.sampled_from(["add", "step", "step", "step", "abort"])):
+            case "add":
+                num_prompt = data.draw(st.integers(1, capacity - 1))
+                room = capacity - num_prompt
+                seq = make_sequence(next(next_id), num_prompt, data.draw(st.integers(1, room)))
+                live[seq.seq_id] = seq
+                scheduler.add(seq)
+            case "abort" if live:
+                assert scheduler.abort(live.pop(data.draw(st.sampled_from(sorted(live)))).seq_id)
+            case "step":
+                _step(scheduler, live)
+        scheduler.check()
+    bound = sum(seq.num_tokens + seq.max_new_tokens for seq in live.values()) * 4 * (len(live) + 1)
+    for _ in range(bound + 1):
+        if not scheduler.has_work:
+            break
+        _step(scheduler, live)
+    assert not live
+    assert scheduler.pool.num_free == scheduler.pool.num_pages
+
+
+def _step(scheduler: Scheduler, live: dict[int, Sequence]) -> None:
+    plan = scheduler.plan()
+    if plan is None:
+        assert not scheduler.has_work
+        return
+    assert plan.num_tokens <= scheduler.max_step_tokens
+    for chunk in plan.chunks:
+        assert 0 <= chunk.start < chunk.end <= chunk.seq.num_tokens
+        assert chunk.start == chunk.seq.num_computed
+        assert len(chunk.seq.block_table) * scheduler.page_size >= chunk.end
+        assert chunk.seq.status is SequenceStatus.RUNNING
+    before = {chunk.seq.seq_id: len(chunk.seq.output_ids) for chunk in plan.chunks if chunk.samples}
+    events = scheduler.commit(plan, [SampledToken(7) for c in plan.chunks if c.samples])
+    assert [event.seq_id for event in events] == list(before)
+    for event in events:
+        seq = live[event.seq_id]
+        assert len(seq.output_ids) == before[event.seq_id] + 1
+        if event.finish_reason is not None:
+            assert len(live.pop(event.seq_id).output_ids) == seq.max_new_tokens
