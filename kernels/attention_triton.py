@@ -1,0 +1,388 @@
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+"""Paged attention on the GPU, for K/V pages and for latent pages; one kernel for any chunk length.
+
+    rows of a tile: (token, query head) pairs of one sequence that share one KV head, token-major
+    key block:      BLOCK_N positions, gathered through the block table; page_size is arbitrary
+    S = Q K^T * scale, online softmax in base 2 (arXiv:2205.14135), O = P V, all sums in fp32
+
+A head dimension is MAIN + TAIL, so that 192 = 128 + 64 and 576 = 512 + 64 waste no lanes. For MLA
+all heads share one KV head whose values ARE the main part of its keys: pages are read once.
+Decodes are cut into splits of a fixed number of keys (arXiv:2311.01282, "flash decoding"), each
+leaves a partial output and its log-sum-exp, and a second kernel combines them. The split never
+follows the batch, so a row has the same bits in any company.
+Graph-safe: lengths are read on the device, the grid follows from host-known limits, and programs
+past a sequence's end return. Keys past the context are masked at the load: pages may hold NaN.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.batch import PagedBatch
+from kernels.dispatch import has_small_shared_memory
+
+LOG2_E = 1.4426950408889634
+NO_LIMIT = 2**31 - 1
+COMBINE_CONFIG = {"BLOCK_SPLITS": 8, "num_warps": 4}
+
+
+@triton.jit(
+    do_not_specialize=["first_seq", "num_tiles", "max_splits", "context_above", "context_up_to"]
+)  # they change from step to step: a compilation for 1 or for multiples of 16 would stall one
+def paged_attention_kernel(
+    q_ptr,  # [num_tokens, num_heads, MAIN_DIM]
+    q_tail_ptr,  # [num_tokens, num_heads, TAIL_DIM] or None
+    k_ptr,  # [num_slots, num_kv_heads, MAIN_DIM]
+    k_tail_ptr,  # [num_slots, num_kv_heads, TAIL_DIM] or None, strides of k
+    v_ptr,  # [num_slots, num_kv_heads, V_DIM] or None: the main part of k
+    out_ptr,  # [num_tokens, num_heads, V_DIM]; PARTIAL: [num_tokens, num_heads, max_splits, V_DIM]
+    lse_ptr,  # None; PARTIAL: [num_tokens, num_heads, max_splits] fp32, base 2
+    block_table_ptr,  # [num_seqs, max_pages] int32
+    cu_seqlens_ptr,  # [num_seqs + 1] int32
+    context_lens_ptr,  # [num_seqs] int32
+    scale_log2,
+    first_seq,
+    num_tiles,  # row tiles per sequence
+    max_splits,
+    context_above,  # sequences with other contexts than (context_above, context_up_to] are skipped
+    context_up_to,
+    q_token_stride,
+    q_head_stride,
+    q_tail_token_stride,
+    q_tail_head_stride,
+    k_slot_stride,
+    k_head_stride,
+    v_slot_stride,
+    v_head_stride,
+    table_stride,
+    GROUP: tl.constexpr,  # query heads per KV head
+    PAGE_SIZE: tl.constexpr,
+    SPLIT: tl.constexpr,  # keys per split; 0: one program walks all keys
+    PARTIAL: tl.constexpr,
+    MAIN_DIM: tl.constexpr,
+    MAIN_BLOCK: tl.constexpr,
+    TAIL_DIM: tl.constexpr,
+    TAIL_BLOCK: tl.constexpr,  # 0: no tail
+    V_DIM: tl.constexpr,
+    V_BLOCK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    seq = first_seq + tl.program_id(0) // num_tiles
+    tile = tl.program_id(0) % num_tiles
+    kv_head = tl.program_id(1)
+    first_token = tl.load(cu_seqlens_ptr + seq)
+    num_tokens = tl.load(cu_seqlens_ptr + seq + 1) - first_token
+    context_len = tl.load(context_lens_ptr + seq)
+    first_row = tile * BLOCK_M
+    if first_row >= num_tokens * GROUP:
+        return
+    if (context_len <= context_above) | (context_len > context_up_to):
+        return
+    first_position = context_len - num_tokens
+    # [start, end) keys of this program: no row of the tile sees past its last token
+    start = 0
+    end = tl.minimum(first_position + (first_row + BLOCK_M - 1) // GROUP + 1, context_len)
+    if SPLIT:
+        start = tl.program_id(2) * SPLIT
+        end = tl.minimum(start + SPLIT, end)
+        if start >= end:
+            return
+
+    rows = first_row + tl.arange(0, BLOCK_M)
+    is_row = (rows < num_tokens * GROUP)[:, None]
+    positions = first_position + rows // GROUP
+    tokens = (first_token + rows // GROUP).to(tl.int64)
+    heads = kv_head * GROUP + rows % GROUP
+    main = tl.arange(0, MAIN_BLOCK)
+    q_rows = tokens * q_token_stride + heads * q_head_stride
+    q = tl.load(
+        q_ptr + q_rows[:, None] + main[None, :], mask=is_row & (main < MAIN_DIM)[None, :], other=0.0
+    )
+    if TAIL_BLOCK:
+        tail = tl.arange(0, TAIL_BLOCK)
+        q_rows = tokens * q_tail_token_stride + heads * q_tail_head_stride
+        q_tail = tl.load(
+            q_tail_ptr + q_rows[:, None] + tail[None, :],
+            mask=is_row & (tail < TAIL_DIM)[None, :],
+            other=0.0,
+        )
+    columns = tl.arange(0, V_BLOCK)
+    highest = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    out = tl.zeros((BLOCK_M, V_BLOCK), dtype=tl.float32)
+    for block_start in range(start, end, BLOCK_N):
+        keys = block_start + tl.arange(0, BLOCK_N)
+        is_key = keys < end
+        pages = tl.load(
+            block_table_ptr + seq.to(tl.int64) * table_stride + keys // PAGE_SIZE,
+            mask=is_key,
+            other=0,
+        )
+        slots = pages.to(tl.int64) * PAGE_SIZE + keys % PAGE_SIZE
+        k_columns = slots * k_slot_stride + kv_head * k_head_stride
+        k = tl.load(
+            k_ptr + k_columns[None, :] + main[:, None],
+            mask=is_key[None, :] & (main < MAIN_DIM)[:, None],
+            other=0.0,
+        )  # [MAIN_BLOCK, BLOCK_N]
+        scores = tl.dot(q, k, input_precision="ieee")
+        if TAIL_BLOCK:
+            k_tail = tl.load(
+                k_tail_ptr + k_columns[None, :] + tail[:, None],
+                mask=is_key[None, :] & (tail < TAIL_DIM)[:, None],
+                other=0.0,
+            )
+            scores = tl.dot(q_tail, k_tail, scores, input_precision="ieee")
+        seen = is_key[None, :] & (keys[None, :] <= positions[:, None])
+        scores = tl.where(seen, scores * scale_log2, float("-inf"))
+        # every row sees the first key of [start, end): the maximum is finite from the first block
+        new_highest = tl.maximum(highest, tl.max(scores, axis=1))
+        weights = tl.exp2(scores - new_highest[:, None])
+        shrink = tl.exp2(highest - new_highest)
+        total = total * shrink + tl.sum(weights, axis=1)
+        if v_ptr is None:
+            v = tl.trans(k)
+        else:
+            v_rows = slots * v_slot_stride + kv_head * v_head_stride
+            v = tl.load(
+                v_ptr + v_rows[:, None] + columns[None, :],
+                mask=is_key[:, None] & (columns < V_DIM)[None, :],
+                other=0.0,
+            )  # [BLOCK_N, V_BLOCK]
+        out = tl.dot(weights.to(v.dtype), v, out * shrink[:, None], input_precision="ieee")
+        highest = new_highest
+
+    out = out / total[:, None]
+    num_heads = tl.num_programs(1) * GROUP
+    out_rows = tokens * num_heads + heads
+    if PARTIAL:
+        out_rows = out_rows * max_splits + tl.program_id(2)
+        lse = highest + tl.log2(total)
+        tl.store(lse_ptr + out_rows, lse, mask=rows < num_tokens * GROUP)
+    tl.store(
+        out_ptr + out_rows[:, None] * V_DIM + columns[None, :],
+        out.to(out_ptr.dtype.element_ty),
+        mask=is_row & (columns < V_DIM)[None, :],
+    )
+
+
+@triton.jit(do_not_specialize=["max_splits"])
+def combine_splits_kernel(
+    partial_ptr,  # [num_decodes, num_heads, max_splits, V_DIM] fp32
+    lse_ptr,  # [num_decodes, num_heads, max_splits] fp32, base 2
+    out_ptr,  # [num_decodes, num_heads, V_DIM]
+    context_lens_ptr,  # [num_decodes] int32
+    num_heads,
+    max_splits,
+    SPLIT: tl.constexpr,
+    V_DIM: tl.constexpr,
+    V_BLOCK: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    num_splits = tl.cdiv(tl.load(context_lens_ptr + row // num_heads), SPLIT)
+    columns = tl.arange(0, V_BLOCK)
+    highest = tl.full((), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((), dtype=tl.float32)
+    out = tl.zeros((V_BLOCK,), dtype=tl.float32)
+    for first in range(0, num_splits, BLOCK_SPLITS):
+        splits = first + tl.arange(0, BLOCK_SPLITS)
+        is_split = splits < num_splits
+        lse = tl.load(lse_ptr + row * max_splits + splits, mask=is_split, other=float("-inf"))
+        partial = tl.load(
+            partial_ptr + (row * max_splits + splits)[:, None] * V_DIM + columns[None, :],
+            mask=is_split[:, None] & (columns < V_DIM)[None, :],
+            other=0.0,
+        )
+        new_highest = tl.maximum(highest, tl.max(lse, axis=0))
+        weights = tl.exp2(lse - new_highest)
+        shrink = tl.exp2(highest - new_highest)
+        total = total * shrink + tl.sum(weights, axis=0)
+        out = out * shrink + tl.sum(partial * weights[:, None], axis=0)
+        highest = new_highest
+    # a padding row without context has no split; its output is 0
+    out = out / tl.where(total > 0, total, 1.0)
+    tl.store(
+        out_ptr + row * V_DIM + columns,
+        out.to(out_ptr.dtype.element_ty),
+        mask=columns < V_DIM,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class HeadShape:
+    """What fixes the tiles of a launch, apart from the chip and whether rows are decodes."""
+
+    group_size: int  # query heads per KV head
+    main_dim: int
+    tail_dim: int
+    v_dim: int
+    values_are_keys: bool  # MLA: the values are the main part of the keys
+
+
+def head_shape(group_size: int, head_dim: int, v_head_dim: int) -> HeadShape:
+    """The shape of plain heads: the largest power of two in ``head_dim``, then the rest."""
+    main_dim = min(head_dim, 1 << (head_dim.bit_length() - 1))
+    return HeadShape(group_size, main_dim, head_dim - main_dim, v_head_dim, False)
+
+
+def split_size(shape: HeadShape) -> int:
+    """Keys per split of a decode, from the model alone; a partial output costs 4 bytes a value.
+
+    With 128 heads on one latent, splits of 256 keys would write as many bytes as they read.
+    """
+    return 1024 if shape.values_are_keys and shape.group_size > 32 else 256
+
+
+def attention_config(
+    shape: HeadShape, dtype: torch.dtype, small: bool, is_decode: bool
+) -> dict[str, int]:
+    """Blocks, warps and stages of a launch; the compile tests read the same table.
+
+    ``small`` is ``has_small_shared_memory`` of the device.
+    Bounded by shared memory (stages * BLOCK_N * bytes of a key and a value) and by registers
+    (BLOCK_M * V_BLOCK fp32 sums in num_warps * 32 threads).
+    """
+    wide = shape.main_dim + shape.tail_dim > 256
+    group_block = max(triton.next_power_of_2(shape.group_size), 16)
+    if dtype == torch.float32:
+        block_m, block_n, num_warps, num_stages = 16, 16 if wide else 32, 4, 1
+    elif wide:
+        block_m = min(group_block, 32) if is_decode else 32
+        block_n, num_warps, num_stages = (16, 8, 1) if small else (32, 8, 2)
+    elif is_decode:
+        block_m = min(group_block, 32)
+        block_n, num_warps, num_stages = 64, 4, 2 if small else 3
+    else:
+        block_m, block_n, num_warps, num_stages = (64, 32, 4, 2) if small else (128, 64, 8, 2)
+    return {
+        "SPLIT": split_size(shape) if is_decode else 0,
+        "MAIN_DIM": shape.main_dim,
+        "MAIN_BLOCK": _block(shape.main_dim),
+        "TAIL_DIM": shape.tail_dim,
+        "TAIL_BLOCK": _block(shape.tail_dim) if shape.tail_dim else 0,
+        "V_DIM": shape.v_dim,
+        "V_BLOCK": _block(shape.v_dim),
+        "GROUP": shape.group_size,
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+        "num_warps": num_warps,
+        "num_stages": num_stages,
+    }
+
+
+def _block(dim: int) -> int:
+    return max(1 << (dim - 1).bit_length(), 16)  # tl.dot takes 16 or more
+
+
+@dataclass(frozen=True, slots=True)
+class PagedHeads:
+    """Queries and pages of one launch; tails are None where a head dimension is a power of two."""
+
+    q: Tensor  # [num_tokens, num_heads, main_dim]
+    q_tail: Tensor | None  # [num_tokens, num_heads, tail_dim]
+    k: Tensor  # [num_pages, page_size, num_kv_heads, main_dim]
+    k_tail: Tensor | None  # [num_pages, page_size, num_kv_heads, tail_dim]
+    v: Tensor | None  # [num_pages, page_size, num_kv_heads, v_dim]; None: k
+    block_table: Tensor  # [num_seqs, max_pages] int32
+
+
+def attend_decodes(
+    heads: PagedHeads, shape: HeadShape, batch: PagedBatch, scale: float, out: Tensor
+) -> None:
+    """Rows [0, num_decodes) of ``out`` [num_tokens, num_heads, v_dim]."""
+    small = has_small_shared_memory(heads.q.device)
+    config = attention_config(shape, heads.q.dtype, small, is_decode=True)
+    max_splits = triton.cdiv(batch.max_context_len, config["SPLIT"])
+    num_tiles = triton.cdiv(shape.group_size, config["BLOCK_M"])
+    grid = (0, batch.num_decodes, num_tiles, max_splits)
+    if max_splits == 1:
+        _launch(heads, batch, scale, config, out, None, grid)
+        return
+    num_heads = heads.q.shape[1]
+    partial_shape = (batch.num_decodes, num_heads, max_splits)
+    lse = torch.empty(partial_shape, dtype=torch.float32, device=out.device)
+    partial = torch.empty((*partial_shape, shape.v_dim), dtype=torch.float32, device=out.device)
+    _launch(heads, batch, scale, config, partial, lse, grid)
+    combine_splits_kernel[(batch.num_decodes * num_heads,)](
+        partial,
+        lse,
+        out,
+        batch.context_lens,
+        num_heads,
+        max_splits,
+        **combine_config(config),
+    )
+
+
+def combine_config(config: dict[str, int]) -> dict[str, int]:
+    """The launch that combines the partial outputs of a launch with ``config``."""
+    return {key: config[key] for key in ("SPLIT", "V_DIM", "V_BLOCK")} | COMBINE_CONFIG
+
+
+def attend_chunks(
+    heads: PagedHeads,
+    shape: HeadShape,
+    batch: PagedBatch,
+    scale: float,
+    out: Tensor,
+    seqs: range,
+    contexts: range = range(1, NO_LIMIT),
+) -> None:
+    """Rows of ``out`` that belong to ``seqs`` and whose sequence has one of ``contexts``."""
+    small = has_small_shared_memory(heads.q.device)
+    config = attention_config(shape, heads.q.dtype, small, is_decode=False)
+    num_tiles = triton.cdiv(batch.max_query_len * shape.group_size, config["BLOCK_M"])
+    grid = (seqs.start, len(seqs), num_tiles, 1)
+    _launch(heads, batch, scale, config, out, None, grid, contexts)
+
+
+def _launch(
+    heads: PagedHeads,
+    batch: PagedBatch,
+    scale: float,
+    config: dict[str, int],
+    out: Tensor,
+    lse: Tensor | None,
+    grid: tuple[int, int, int, int],
+    contexts: range = range(1, NO_LIMIT),
+) -> None:
+    first_seq, num_seqs, num_tiles, max_splits = grid
+    q, q_tail, k, v = heads.q, heads.q_tail, heads.k, heads.v
+    num_kv_heads = k.shape[2]
+    paged_attention_kernel[(num_seqs * num_tiles, num_kv_heads, max_splits)](
+        q,
+        q_tail,
+        k,
+        heads.k_tail,
+        v,
+        out,
+        lse,
+        heads.block_table,
+        batch.cu_seqlens_q,
+        batch.context_lens,
+        scale * LOG2_E,
+        first_seq,
+        num_tiles,
+        max_splits,
+        contexts.start - 1,
+        contexts.stop - 1,
+        q.stride(0),
+        q.stride(1),
+        0 if q_tail is None else q_tail.stride(0),
+        0 if q_tail is None else q_tail.stride(1),
+        k.stride(1),
+        k.stride(2),
+        0 if v is None else v.stride(1),
+        0 if v is None else v.stride(2),
+        heads.block_table.stride(0),
+        PAGE_SIZE=k.shape[1],
+        PARTIAL=lse is not None,
+        **config,
+    )

@@ -1,0 +1,272 @@
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+"""Rotary embedding fused with the write of a step's keys and values into their pages.
+
+    k_cache      [num_pages, page_size, num_kv_heads, head_dim]
+    v_cache      [num_pages, page_size, num_kv_heads, v_head_dim]
+    latent_cache [num_pages, page_size, rank + rope_dim]: normed latent, then the roped k_pe
+
+Token t goes to slot slot_mapping[t] = page_id * page_size + offset; -1 writes nothing. Rotation is
+in fp32 and rounds once; the equation is in ``kernels.rope``.
+In Triton a program takes one token and a block of heads; the programs after the query heads' rotate
+and write. Graph-safe: the grid follows from shapes, positions and slots are read on the device.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.batch import PagedBatch
+from kernels.dispatch import use_triton
+from kernels.rope import rotate
+
+BLOCK_HEADS = 8
+
+
+@triton.jit
+def rope_and_write_kv_kernel(
+    q_ptr,  # [num_tokens, num_heads, DIM]
+    k_ptr,  # [num_tokens, num_kv_heads, DIM]
+    v_ptr,  # [num_tokens, num_kv_heads, V_DIM]
+    cos_sin_ptr,  # [num_positions, DIM] fp32
+    positions_ptr,  # [num_tokens] int64
+    slots_ptr,  # [num_tokens] int64
+    q_out_ptr,  # [num_tokens, num_heads, DIM]
+    k_cache_ptr,  # [num_slots, num_kv_heads, DIM]
+    v_cache_ptr,  # [num_slots, num_kv_heads, V_DIM]
+    q_stride,  # of a token
+    k_stride,
+    v_stride,
+    num_heads,
+    num_kv_heads,
+    DIM: tl.constexpr,
+    V_DIM: tl.constexpr,
+    HALF_BLOCK: tl.constexpr,  # powers of two that hold half a key and a value
+    V_BLOCK: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1)
+    num_q_blocks = tl.cdiv(num_heads, BLOCK_HEADS)
+    pairs = tl.arange(0, HALF_BLOCK)
+    is_pair = pairs < DIM // 2
+    position = tl.load(positions_ptr + token)
+    cos = tl.load(cos_sin_ptr + position * DIM + pairs, mask=is_pair, other=0.0)
+    sin = tl.load(cos_sin_ptr + position * DIM + DIM // 2 + pairs, mask=is_pair, other=0.0)
+    if block < num_q_blocks:
+        heads = block * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
+        source_ptr = q_ptr + token * q_stride
+        target_ptr = q_out_ptr + token * num_heads * DIM
+        is_head = (heads < num_heads)[:, None]
+    else:
+        slot = tl.load(slots_ptr + token)
+        if slot < 0:
+            return
+        heads = (block - num_q_blocks) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
+        source_ptr = k_ptr + token * k_stride
+        target_ptr = k_cache_ptr + slot * num_kv_heads * DIM
+        is_head = (heads < num_kv_heads)[:, None]
+        columns = tl.arange(0, V_BLOCK)
+        offsets = heads[:, None] * V_DIM + columns[None, :]
+        inside = is_head & (columns < V_DIM)[None, :]
+        values = tl.load(v_ptr + token * v_stride + offsets, mask=inside, other=0.0)
+        tl.store(v_cache_ptr + slot * num_kv_heads * V_DIM + offsets, values, mask=inside)
+    offsets = heads[:, None] * DIM + pairs[None, :]  # [BLOCK_HEADS, HALF_BLOCK]
+    inside = is_head & is_pair[None, :]
+    first = tl.load(source_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(source_ptr + DIM // 2 + offsets, mask=inside, other=0.0).to(tl.float32)
+    dtype = q_out_ptr.dtype.element_ty
+    tl.store(target_ptr + offsets, (first * cos - second * sin).to(dtype), mask=inside)
+    tl.store(target_ptr + DIM // 2 + offsets, (second * cos + first * sin).to(dtype), mask=inside)
+
+
+@triton.jit
+def rope_and_write_latent_kernel(
+    q_pe_ptr,  # [num_tokens, num_heads, DIM]
+    latent_ptr,  # [num_tokens, RANK]
+    k_pe_ptr,  # [num_tokens, DIM]
+    cos_sin_ptr,  # [num_positions, DIM] fp32
+    positions_ptr,  # [num_tokens] int64
+    slots_ptr,  # [num_tokens] int64
+    q_out_ptr,  # [num_tokens, num_heads, DIM]
+    latent_cache_ptr,  # [num_slots, RANK + DIM]
+    q_stride,  # of a token
+    q_head_stride,
+    latent_stride,
+    k_pe_stride,
+    num_heads,
+    DIM: tl.constexpr,
+    RANK: tl.constexpr,
+    HALF_BLOCK: tl.constexpr,  # powers of two that hold half a k_pe and a latent
+    RANK_BLOCK: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1)
+    pairs = tl.arange(0, HALF_BLOCK)
+    is_pair = pairs < DIM // 2
+    position = tl.load(positions_ptr + token)
+    cos = tl.load(cos_sin_ptr + position * DIM + pairs, mask=is_pair, other=0.0)
+    sin = tl.load(cos_sin_ptr + position * DIM + DIM // 2 + pairs, mask=is_pair, other=0.0)
+    heads = block * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)[:, None]
+    if block < tl.cdiv(num_heads, BLOCK_HEADS):
+        sources = q_pe_ptr + token * q_stride + heads * q_head_stride + 2 * pairs[None, :]
+        targets = q_out_ptr + (token * num_heads + heads) * DIM + 2 * pairs[None, :]
+        inside = (heads < num_heads) & is_pair[None, :]
+    else:
+        slot = tl.load(slots_ptr + token)
+        if slot < 0:
+            return
+        row_ptr = latent_cache_ptr + slot * (RANK + DIM)
+        columns = tl.arange(0, RANK_BLOCK)
+        latent = tl.load(
+            latent_ptr + token * latent_stride + columns, mask=columns < RANK, other=0.0
+        )
+        tl.store(row_ptr + columns, latent, mask=columns < RANK)
+        # k_pe has one head: the first row of the tile
+        row = heads - block * BLOCK_HEADS
+        sources = k_pe_ptr + token * k_pe_stride + row * 0 + 2 * pairs[None, :]
+        targets = row_ptr + RANK + row * 0 + 2 * pairs[None, :]
+        inside = (row == 0) & is_pair[None, :]
+    first = tl.load(sources, mask=inside, other=0.0).to(tl.float32)  # [BLOCK_HEADS, HALF_BLOCK]
+    second = tl.load(sources + 1, mask=inside, other=0.0).to(tl.float32)
+    dtype = q_out_ptr.dtype.element_ty
+    tl.store(targets, (first * cos - second * sin).to(dtype), mask=inside)
+    tl.store(targets + 1, (second * cos + first * sin).to(dtype), mask=inside)
+
+
+def kv_config(dim: int, v_dim: int) -> dict[str, int]:
+    """Blocks and warps of a launch."""
+    return {
+        "DIM": dim,
+        "V_DIM": v_dim,
+        "HALF_BLOCK": triton.next_power_of_2(dim // 2),
+        "V_BLOCK": triton.next_power_of_2(v_dim),
+        "BLOCK_HEADS": BLOCK_HEADS,
+        "num_warps": 4,
+    }
+
+
+def latent_config(rope_dim: int, rank: int) -> dict[str, int]:
+    """Blocks and warps of a launch."""
+    return {
+        "DIM": rope_dim,
+        "RANK": rank,
+        "HALF_BLOCK": triton.next_power_of_2(rope_dim // 2),
+        "RANK_BLOCK": triton.next_power_of_2(rank),
+        "BLOCK_HEADS": BLOCK_HEADS,
+        "num_warps": 4,
+    }
+
+
+def rope_and_write_kv(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos_sin: Tensor,
+    batch: PagedBatch,
+    k_cache: Tensor,
+    v_cache: Tensor,
+) -> Tensor:
+    """Rotate ``q`` and ``k`` and write ``k`` and ``v`` into their pages.
+
+    Args:
+        q: [num_tokens, num_heads, head_dim], half-split pairs, any float dtype. In q, k and v heads
+            and dimensions are contiguous, tokens may be rows of a wider tensor.
+        k: [num_tokens, num_kv_heads, head_dim].
+        v: [num_tokens, num_kv_heads, v_head_dim], not rotated.
+        cos_sin: [num_positions, head_dim] fp32, from ``kernels.rope.rotary_table``.
+        batch: gives each token's position and slot.
+        k_cache: [num_pages, page_size, num_kv_heads, head_dim], dtype of ``q``, written in place.
+        v_cache: [num_pages, page_size, num_kv_heads, v_head_dim], likewise.
+
+    Returns:
+        The rotated q, [num_tokens, num_heads, head_dim], contiguous.
+    """
+    num_tokens, num_heads, dim = q.shape
+    if num_tokens == 0 or not use_triton(q):
+        rows = cos_sin[batch.positions].unsqueeze(1)  # [num_tokens, 1, head_dim]
+        _write(rotate(k, rows, interleaved=False), batch.slot_mapping, k_cache)
+        _write(v, batch.slot_mapping, v_cache)
+        return rotate(q, rows, interleaved=False)
+    num_kv_heads = k.shape[1]
+    q_out = torch.empty((num_tokens, num_heads, dim), dtype=q.dtype, device=q.device)
+    num_blocks = triton.cdiv(num_heads, BLOCK_HEADS) + triton.cdiv(num_kv_heads, BLOCK_HEADS)
+    rope_and_write_kv_kernel[(num_tokens, num_blocks)](
+        q,
+        k,
+        v,
+        cos_sin,
+        batch.positions,
+        batch.slot_mapping,
+        q_out,
+        k_cache,
+        v_cache,
+        q.stride(0),
+        k.stride(0),
+        v.stride(0),
+        num_heads,
+        num_kv_heads,
+        **kv_config(dim, v.shape[2]),
+    )
+    return q_out
+
+
+def rope_and_write_latent(
+    q_pe: Tensor,
+    latent: Tensor,
+    k_pe: Tensor,
+    cos_sin: Tensor,
+    batch: PagedBatch,
+    latent_cache: Tensor,
+) -> Tensor:
+    """Rotate ``q_pe`` and ``k_pe`` and write the latent and ``k_pe`` into their page.
+
+    Args:
+        q_pe: [num_tokens, num_heads, rope_dim], interleaved pairs, any float dtype. Here and in
+            latent and k_pe the last dimension is contiguous, others may be strided.
+        latent: [num_tokens, rank], already normed.
+        k_pe: [num_tokens, rope_dim], interleaved pairs, one head for all.
+        cos_sin: [num_positions, rope_dim] fp32, from ``kernels.rope.rotary_table``.
+        batch: gives each token's position and slot.
+        latent_cache: [num_pages, page_size, rank + rope_dim], dtype of ``q_pe``, written in place.
+
+    Returns:
+        The rotated q_pe, [num_tokens, num_heads, rope_dim], contiguous; still interleaved, like
+        the k_pe in the cache.
+    """
+    num_tokens, num_heads, dim = q_pe.shape
+    rank = latent.shape[1]
+    if num_tokens == 0 or not use_triton(q_pe):
+        rows = cos_sin[batch.positions].unsqueeze(1)  # [num_tokens, 1, rope_dim]
+        roped = rotate(k_pe.unsqueeze(1), rows, interleaved=True).squeeze(1)
+        _write(torch.cat((latent, roped), dim=-1), batch.slot_mapping, latent_cache)
+        return rotate(q_pe, rows, interleaved=True)
+    q_out = torch.empty((num_tokens, num_heads, dim), dtype=q_pe.dtype, device=q_pe.device)
+    rope_and_write_latent_kernel[(num_tokens, triton.cdiv(num_heads, BLOCK_HEADS) + 1)](
+        q_pe,
+        latent,
+        k_pe,
+        cos_sin,
+        batch.positions,
+        batch.slot_mapping,
+        q_out,
+        latent_cache,
+        q_pe.stride(0),
+        q_pe.stride(1),
+        latent.stride(0),
+        k_pe.stride(0),
+        num_heads,
+        **latent_config(dim, rank),
+    )
+    return q_out
+
+
+def _write(values: Tensor, slots: Tensor, pages: Tensor) -> None:
+    """Write rows into their slots; ``pages`` is contiguous, so a view reaches every slot."""
+    written = slots >= 0
+    if not bool(written.all()):
+        values, slots = values[written], slots[written]
+    pages.view(-1, *pages.shape[2:]).index_copy_(0, slots, values)
