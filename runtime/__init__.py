@@ -1,0 +1,52 @@
+"""Fathom's runtime: weights, cache, scheduler and decode loop. This is its public face."""
+
+from runtime.config import GenerationDefaults
+from runtime.engine import Completion, Engine
+from runtime.engine_config import EngineConfig, EngineInfo
+from runtime.errors import (
+    BadRequest,
+    CheckpointError,
+    ConfigError,
+    ContextLengthExceeded,
+    EngineDead,
+    FathomError,
+    ModelNotFound,
+    QueueFull,
+    RequestError,
+)
+from runtime.process import EngineClient, Generation
+from runtime.request import FinishReason, SamplingParams, TokenEvent, TokenLogprobs
+from runtime.text import TextAssembler, TextPiece
+from runtime.tokenizer import ChatPrompt, Tokenizer
+from runtime.weights import Checkpoint, find_checkpoint, inspect_checkpoint, pull
+
+__all__ = [
+    "BadRequest",
+    "ChatPrompt",
+    "Checkpoint",
+    "CheckpointError",
+    "Completion",
+    "ConfigError",
+    "ContextLengthExceeded",
+    "Engine",
+    "EngineClient",
+    "EngineConfig",
+    "EngineDead",
+    "EngineInfo",
+    "FathomError",
+    "FinishReason",
+    "Generation",
+    "GenerationDefaults",
+    "ModelNotFound",
+    "QueueFull",
+    "RequestError",
+    "SamplingParams",
+    "TextAssembler",
+    "TextPiece",
+    "TokenEvent",
+    "TokenLogprobs",
+    "Tokenizer",
+    "find_checkpoint",
+    "inspect_checkpoint",
+    "pull",
+]

@@ -1,0 +1,223 @@
+"""The engine as a plain synchronous object: ``add``, ``abort``, ``step``, ``generate``.
+
+``step`` is the table of contents of the whole runtime: plan, run, commit.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from runtime.admission import admit
+from runtime.engine_config import EngineConfig, EngineInfo, resolve_pages
+from runtime.request import FinishReason, SamplingParams, TokenEvent, TokenLogprobs
+from runtime.runner import ModelRunner
+from runtime.scheduler import Plan, SampledToken, Scheduler
+from runtime.text import TextAssembler
+from runtime.tokenizer import Tokenizer
+from runtime.weights import (
+    build_model,
+    cache_bytes_per_token,
+    find_checkpoint,
+    inspect_checkpoint,
+    load_weights,
+)
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes done, bytes in all) while weights are read."""
+
+
+class Runner(Protocol):
+    """What the engine needs from a model runner; tests put a scripted one here."""
+
+    def run(self, plan: Plan) -> list[SampledToken]: ...
+
+
+@dataclass(slots=True)
+class Completion:
+    """One finished answer of `Engine.generate`."""
+
+    token_ids: list[int] = field(default_factory=list)
+    reasoning: str = ""  # the thought, if the prompt opened one
+    text: str = ""
+    finish_reason: FinishReason = FinishReason.ABORT
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+
+
+class Engine:
+    """Continuous batching over one model on one device, one step at a time.
+
+    Not thread-safe: whoever calls ``step`` also calls ``add`` and ``abort``, between steps.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        info: EngineInfo,
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
+        self.runner = runner
+        self.scheduler = scheduler
+        self.info = info
+        self.tokenizer = tokenizer
+        self._seq_ids = itertools.count()
+
+    @classmethod
+    def from_checkpoint(cls, config: EngineConfig, progress: Progress | None = None) -> Engine:
+        """Load a checkpoint and be ready for ``add``.
+
+        Raises `ConfigError` for options that cannot work here and `CheckpointError` for files that
+        are missing, damaged or not understood.
+        """
+        if config.num_threads is not None:
+            torch.set_num_threads(config.num_threads)
+        device = config.resolve_device()
+        folder = find_checkpoint(config.model)
+        checkpoint = inspect_checkpoint(folder)
+        tokenizer = Tokenizer.load(folder)
+        dtype = config.resolve_dtype(device, checkpoint.dtype, checkpoint.num_parameters)
+        model = build_model(
+            checkpoint, device=device, dtype=dtype, max_model_len=config.max_model_len
+        )
+        load_weights(checkpoint, model, progress or (lambda done, total: None))
+        bytes_per_token = cache_bytes_per_token(model, dtype)
+        num_pages, max_model_len, max_num_seqs = resolve_pages(
+            config,
+            device=device,
+            bytes_per_token=bytes_per_token,
+            model_max_len=model.config.max_position_embeddings,
+        )
+        info = EngineInfo(
+            model=str(config.model),
+            architecture=checkpoint.architecture,
+            num_parameters=checkpoint.num_parameters,
+            weight_bytes=checkpoint.num_parameters * dtype.itemsize,
+            device=str(device),
+            dtype=str(dtype).removeprefix("torch."),
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_step_tokens=config.max_step_tokens
+            or max(2048 if device.type == "cuda" else 512, max_num_seqs),
+            page_size=config.page_size,
+            num_pages=num_pages,
+            kv_cache_bytes=(num_pages + 1) * config.page_size * bytes_per_token,
+            vocab_size=tokenizer.num_tokens,
+            eos_token_ids=tuple(sorted(tokenizer.eos_token_ids)),
+        )
+        runner = ModelRunner(
+            model,
+            num_pages=num_pages,
+            page_size=config.page_size,
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+            num_tokens=tokenizer.num_tokens,
+            eos_token_ids=frozenset(info.eos_token_ids),
+            device=device,
+            dtype=dtype,
+        )
+        return cls(runner, make_scheduler(info), info, tokenizer)
+
+    # -- the step API ----------------------------------------------------------------------
+
+    def add(
+        self, prompt_ids: Seq[int], params: SamplingParams, *, seq_id: int | None = None
+    ) -> int:
+        """Queue a sequence; its id. Raises `BadRequest` or `ContextLengthExceeded`."""
+        seq_id = next(self._seq_ids) if seq_id is None else seq_id
+        self.scheduler.add(admit(seq_id, prompt_ids, params, self.info))
+        return seq_id
+
+    def abort(self, seq_id: int) -> bool:
+        """Drop a sequence and free its pages now; idempotent. False if it was already gone."""
+        return self.scheduler.abort(seq_id)
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def step(self) -> list[TokenEvent]:
+        """Run one forward pass over whatever is due. Empty if there is nothing to do."""
+        plan = self.scheduler.plan()
+        if plan is None:
+            return []
+        sampled = self.runner.run(plan)
+        return self.scheduler.commit(plan, sampled)
+
+    def stats(self) -> dict[str, int]:
+        """Counts that a leak would show in."""
+        return {
+            "num_sequences": self.scheduler.num_sequences,
+            "num_running": len(self.scheduler.running),
+            "num_waiting": len(self.scheduler.waiting),
+            "num_pages": self.scheduler.pool.num_pages,
+            "num_free_pages": self.scheduler.pool.num_free,
+        }
+
+    # -- offline use -----------------------------------------------------------------------
+
+    def generate(
+        self, prompts: Iterable[str | Seq[int]], params: SamplingParams | Seq[SamplingParams]
+    ) -> list[Completion]:
+        """Answer all prompts together; completions come in the order of the prompts.
+
+        A prompt is text (encoded as it is) or token ids. Stop strings end an answer as they do
+        over HTTP. Needs the tokenizer that `from_checkpoint` provides.
+        """
+        tokenizer = self.tokenizer
+        if tokenizer is None:
+            raise RuntimeError("Engine.generate needs a tokenizer; use Engine.from_checkpoint")
+        prompt_ids = [tokenizer.encode(p) if isinstance(p, str) else p for p in prompts]
+        each = [params] * len(prompt_ids) if isinstance(params, SamplingParams) else list(params)
+        completions: list[Completion] = []
+        pending: dict[int, tuple[Completion, TextAssembler]] = {}
+        try:
+            for ids, one in zip(prompt_ids, each, strict=True):
+                completion = Completion()
+                completions.append(completion)
+                opens = tokenizer.opens_thought(ids)
+                assembler = TextAssembler(tokenizer, one, thinking=opens or None)
+                pending[self.add(ids, one)] = completion, assembler
+            while pending:
+                for event in self.step():
+                    completion, assembler = pending[event.seq_id]
+                    if self._extend(completion, assembler, event):
+                        self.abort(event.seq_id)
+                        del pending[event.seq_id]
+        finally:
+            for seq_id in pending:
+                self.abort(seq_id)
+        return completions
+
+    @staticmethod
+    def _extend(completion: Completion, assembler: TextAssembler, event: TokenEvent) -> bool:
+        """Add one event to an answer; True once the answer is complete."""
+        assert event.token_id is not None
+        completion.token_ids.append(event.token_id)
+        if event.logprobs is not None:
+            completion.logprobs.append(event.logprobs)
+        for piece in assembler.feed(event.token_id, event.finish_reason):
+            if piece.kind == "reasoning":
+                completion.reasoning += piece.text
+            else:
+                completion.text += piece.text
+        if assembler.stopped:
+            completion.finish_reason = FinishReason.STOP
+        elif event.finish_reason is not None:
+            completion.finish_reason = event.finish_reason
+        return assembler.stopped or event.finish_reason is not None
+
+
+def make_scheduler(info: EngineInfo) -> Scheduler:
+    return Scheduler(
+        num_pages=info.num_pages,
+        page_size=info.page_size,
+        max_num_seqs=info.max_num_seqs,
+        max_step_tokens=info.max_step_tokens,
+        eos_token_ids=info.eos_token_ids,
+    )

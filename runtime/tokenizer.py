@@ -1,0 +1,314 @@
+"""Text to token ids and token ids to bytes, from a checkpoint's tokenizer.json.
+
+Only byte-level BPE is read, which all DeepSeek checkpoints are: every token then is a run of bytes,
+and text is made from bytes (`runtime.text`), never from per-token strings.
+
+A *control token* is an added token that steers the model, such as ``<｜User｜>`` or ``<think>``.
+The chat template writes them; what a client says in a chat can never become one.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from runtime.chat_template import ChatTemplate, Message, find_template
+from runtime.config import MAX_WIDTH, Fields, GenerationDefaults, read_json
+from runtime.errors import BadRequest, CheckpointError
+
+THINK_START, THINK_END = "<think>", "</think>"
+SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
+
+
+@dataclass(frozen=True, slots=True)
+class ChatPrompt:
+    """A rendered conversation."""
+
+    token_ids: list[int]
+    text: str
+    thinking: bool  # the prompt ends inside a thought that the answer will continue
+
+
+class Tokenizer:
+    """Immutable once loaded; safe to share between threads."""
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        special_tokens: dict[str, str],
+        add_bos: bool | None,
+        template: ChatTemplate | None,
+        eos_token_ids: frozenset[int],
+    ) -> None:
+        """``add_bos`` None leaves it to the tokenizer's own post-processor."""
+        self._backend = backend
+        self._template = template
+        self.eos_token_ids = eos_token_ids
+        added = backend.get_added_tokens_decoder()
+        self.token_bytes = _token_bytes(backend, {i: token.content for i, token in added.items()})
+        self.num_tokens = len(self.token_bytes)
+        self._hidden_ids = frozenset(i for i, token in added.items() if _is_hidden(token))
+        ids = {token.content: i for i, token in added.items()}
+        self.think_start_id = ids.get(THINK_START)
+        self.think_end_id = ids.get(THINK_END)
+        self._add_bos = add_bos
+        self._bos_ids = _ids_of(backend, special_tokens.get("bos_token"))
+        self._control_finder = _control_finder(backend)
+
+    @classmethod
+    def load(cls, folder: Path) -> Tokenizer:
+        """Read tokenizer.json, tokenizer_config.json and the chat template of a checkpoint.
+
+        Raises `CheckpointError` if one is missing or broken, if the tokenizer is not byte-level
+        BPE, or if it has more tokens than config.json has embeddings.
+        """
+        path = folder / "tokenizer.json"
+        backend = _read_backend(path)
+        _require_byte_level(backend, path)
+        config_path = folder / "tokenizer_config.json"
+        config = read_json(config_path) if config_path.exists() else {}
+        model_path = folder / "config.json"
+        model = Fields(read_json(model_path), str(model_path))
+        vocab_size = model.integer("vocab_size", high=MAX_WIDTH)
+        special_tokens = _special_tokens(config, str(config_path))
+        eos_token_ids = (
+            GenerationDefaults.load(folder, vocab_size).eos_token_ids
+            or model.token_ids("eos_token_id", vocab_size)
+            or _ids_of(backend, special_tokens.get("eos_token"))
+        )
+        source = find_template(folder, config)
+        add_bos = config.get("add_bos_token")
+        tokenizer = cls(
+            backend,
+            special_tokens=special_tokens,
+            add_bos=add_bos if isinstance(add_bos, bool) else None,
+            template=ChatTemplate(source[0], special_tokens, source[1]) if source else None,
+            eos_token_ids=frozenset(eos_token_ids),
+        )
+        if tokenizer.num_tokens > vocab_size:
+            raise CheckpointError(
+                f"{path}: {tokenizer.num_tokens} tokens, but the model has {vocab_size} embeddings"
+            )
+        return tokenizer
+
+    # -- text to ids -----------------------------------------------------------------------------
+
+    def encode(self, text: str, *, param: str = "prompt") -> list[int]:
+        """Token ids of a raw prompt; control tokens in it count as such.
+
+        The beginning-of-sequence token is put in front where the checkpoint asks for it, unless
+        ``text`` brings its own. Raises `BadRequest` for text that is not valid Unicode.
+        """
+        _require_unicode(text, param)
+        if self._add_bos is None:
+            return self._backend.encode(text).ids
+        ids = self._backend.encode(text, add_special_tokens=False).ids
+        if self._add_bos and tuple(ids[:1]) != self._bos_ids:
+            return [*self._bos_ids, *ids]
+        return ids
+
+    def render_chat(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any
+    ) -> str:
+        """The prompt text the chat template makes of ``messages``; see `encode_chat`."""
+        prepared = [self._prepare(message) for message in messages]
+        return self._render(prepared, variables | {"add_generation_prompt": add_generation_prompt})
+
+    def encode_chat(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any
+    ) -> ChatPrompt:
+        """Render ``messages`` and encode the result; ``variables`` go to the template.
+
+        A control token's spelling inside a message or a variable is encoded as plain text.
+        Thoughts of earlier answers are dropped: ``reasoning_content``, and all of an assistant's
+        text up to ``</think>``. The role ``developer`` means ``system``. Raises `BadRequest` if
+        the checkpoint has no template, the template fails, or text is not valid Unicode.
+        """
+        prepared = [self._prepare(message) for message in messages]
+        variables = {**variables, "add_generation_prompt": add_generation_prompt}
+        # The mark splits each control token a client spelt, so that no part of the rendered text
+        # between two marks holds one; templates only move text around and keep the mark in place.
+        mark = f"\ue000{secrets.randbelow(10**19)}\ue000"
+        rendered = self._render(
+            self._mark_controls(prepared, mark), self._mark_controls(variables, mark)
+        )
+        parts = [part for part in rendered.split(mark) if part]
+        encodings = (self._backend.encode(part, add_special_tokens=False) for part in parts)
+        token_ids = [token_id for encoding in encodings for token_id in encoding.ids]
+        return ChatPrompt(token_ids, "".join(parts), self.opens_thought(token_ids))
+
+    def opens_thought(self, token_ids: Sequence[int]) -> bool:
+        """Whether a prompt ends inside a thought: its last ``<think>`` is not closed."""
+        if self.think_start_id is None:
+            tail = b"".join(self.token_bytes[i] for i in token_ids[-16:])
+            return tail.rstrip().endswith(THINK_START.encode())
+        for token_id in reversed(token_ids):
+            if token_id in (self.think_start_id, self.think_end_id):
+                return token_id == self.think_start_id
+        return False
+
+    # -- ids to text -----------------------------------------------------------------------------
+
+    def is_special(self, token_id: int) -> bool:
+        """Whether the token steers the model and is never shown as text."""
+        return token_id in self._hidden_ids
+
+    # -- rendering -------------------------------------------------------------------------------
+
+    def _prepare(self, message: Message) -> Message:
+        prepared = {key: message[key] for key in message if key != "reasoning_content"}
+        if prepared.get("role") == "developer":
+            prepared["role"] = "system"
+        content = prepared.get("content")
+        if content is None and not prepared.get("tool_calls"):
+            prepared["content"] = ""
+        has_thought = prepared.get("role") == "assistant" and self.think_end_id is not None
+        if has_thought and isinstance(content, str):
+            prepared["content"] = content.rpartition(THINK_END)[2]
+        return prepared
+
+    def _render(self, messages: list[Message], variables: dict[str, Any]) -> str:
+        if self._template is None:
+            raise BadRequest(
+                "This checkpoint ships no chat template; use /v1/completions with a raw prompt",
+                param="messages",
+                code="template_error",
+            )
+        rendered = self._template.render(messages, **variables)
+        _require_unicode(rendered, "messages")
+        return rendered
+
+    def _mark_controls(self, value: Any, mark: str) -> Any:
+        """A copy of ``value`` with ``mark`` inside every control token's spelling."""
+        if isinstance(value, str):
+            return self._mark_text(value, mark)
+        if isinstance(value, list | tuple):
+            return [self._mark_controls(item, mark) for item in value]
+        if isinstance(value, dict):
+            return {
+                self._mark_controls(key, mark): self._mark_controls(item, mark)
+                for key, item in value.items()
+            }
+        return value
+
+    def _mark_text(self, text: str, mark: str) -> str:
+        _require_unicode(text, "messages")
+        while starts := self._control_positions(text):
+            pieces = [text[a + 1 : b + 1] for a, b in zip([-1, *starts], starts, strict=False)]
+            text = mark.join([*pieces, text[starts[-1] + 1 :]])
+        return text
+
+    def _control_positions(self, text: str) -> list[int]:
+        encoding = self._control_finder.encode(text)
+        spans = zip(encoding.offsets, encoding.ids, strict=True)
+        return [start for (start, _), token_id in spans if token_id > 0]
+
+
+def _is_control(token: tokenizers.AddedToken) -> bool:
+    text = token.content
+    return bool(text) and (token.special or "｜" in text or bool(re.fullmatch(r"<\S+>", text)))
+
+
+def _is_hidden(token: tokenizers.AddedToken) -> bool:
+    return token.special or bool(re.fullmatch(r"<[｜|].*[｜|]>", token.content))
+
+
+def _control_finder(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """A tokenizer that knows the control tokens only (ids from 1) and calls all else 0.
+
+    It finds all their spellings in linear time, by the rules of the real tokenizer.
+    """
+    finder = tokenizers.Tokenizer(tokenizers.models.WordLevel({"": 0}, unk_token=""))
+    if backend.normalizer is not None:
+        finder.normalizer = backend.normalizer
+    controls = filter(_is_control, backend.get_added_tokens_decoder().values())
+    finder.add_tokens(
+        [tokenizers.AddedToken(token.content, normalized=token.normalized) for token in controls]
+    )
+    return finder
+
+
+def _require_unicode(text: str, param: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        raise BadRequest(
+            f"{param} holds the lone surrogate U+{code:04X}, which is not valid Unicode",
+            param=param,
+            code="invalid_value",
+        ) from None
+
+
+# -- reading the files ---------------------------------------------------------------------------
+
+
+def _read_backend(path: Path) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror or error}") from None
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library reports some files by a panic, not an Exception
+        raise CheckpointError(f"{path}: {' '.join(str(error).split())[:200]}") from None
+
+
+def _require_byte_level(backend: tokenizers.Tokenizer, path: Path) -> None:
+    decoder = json.loads(backend.decoder.__getstate__()) if backend.decoder else {}
+    steps = decoder.get("decoders", [decoder])
+    kinds = {step.get("type") for step in steps}
+    if not isinstance(backend.model, tokenizers.models.BPE) or "ByteLevel" not in kinds:
+        raise CheckpointError(
+            f"{path}: {type(backend.model).__name__} model with {decoder.get('type')} decoder; "
+            "only byte-level BPE is supported"
+        )
+
+
+def _special_tokens(config: dict[str, Any], where: str) -> dict[str, str]:
+    """``bos_token`` and its kin, each spelt as a text or as an object with ``content``."""
+    tokens = {}
+    for name in SPECIAL_TOKEN_NAMES:
+        value = config.get(name)
+        if isinstance(value, dict):
+            value = value.get("content")
+        if value is None:
+            continue
+        if not isinstance(value, str):
+            raise CheckpointError(f"{where}: {name}: not a text")
+        tokens[name] = value
+    return tokens
+
+
+def _ids_of(backend: tokenizers.Tokenizer, token: str | None) -> tuple[int, ...]:
+    token_id = None if token is None else backend.token_to_id(token)
+    return () if token_id is None else (token_id,)
+
+
+def _token_bytes(backend: tokenizers.Tokenizer, added: dict[int, str]) -> list[bytes]:
+    """The bytes of every id; none for an id that no token has."""
+    byte_of = _byte_alphabet()
+    vocab = backend.get_vocab(with_added_tokens=True)
+    token_bytes = [b""] * (max(vocab.values(), default=-1) + 1)
+    for text, token_id in vocab.items():
+        if token_id in added or any(char not in byte_of for char in text):
+            token_bytes[token_id] = added.get(token_id, text).encode()
+        else:
+            token_bytes[token_id] = bytes(byte_of[char] for char in text)
+    return token_bytes
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The inverse of GPT-2's map: printable Latin-1 stands for itself, the rest from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    byte_of = {chr(byte): byte for byte in printable}
+    return byte_of | {chr(256 + i): byte for i, byte in enumerate(others)}
