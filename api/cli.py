@@ -1,0 +1,246 @@
+"""The `fathom` command: serve, chat, keys, pull. Every mistake is one line and exit code 2."""
+
+from __future__ import annotations
+
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+import kernels
+from api.keys import KeyStore
+from api.serve import ServeOptions, serve_forever
+from api.terminal import describe, loading_bar, parse_bytes
+from api.terminal_chat import chat as run_chat
+from runtime import (
+    Engine,
+    EngineConfig,
+    FathomError,
+    find_checkpoint,
+    inspect_checkpoint,
+    pull,
+)
+
+EMBEDDED_MODEL = Path(__file__).resolve().parent.parent / "weights" / "fathom-tiny"
+# Typer carries its own click, whose base of usage errors is reached through a public child.
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
+app = typer.Typer(
+    name="fathom",
+    help="Serve DeepSeek models on your own machine through the OpenAI API.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+keys_app = typer.Typer(
+    help="Create, list and revoke the API keys that clients send.", no_args_is_help=True
+)
+app.add_typer(keys_app, name="keys")
+
+Model = Annotated[
+    str | None,
+    typer.Argument(
+        help="Checkpoint folder or Hugging Face id (deepseek-ai/…). Default: the small model that "
+        "comes with Fathom.",
+        show_default=False,
+    ),
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Dtype = Annotated[
+    str, typer.Option(help="auto, float32, bfloat16 or float16; auto follows the checkpoint.")
+]
+MaxModelLen = Annotated[
+    int | None,
+    typer.Option(help="Longest prompt and answer together, in tokens.", show_default="the model's"),
+]
+KvCacheMemory = Annotated[
+    str | None,
+    typer.Option(help="Memory for the KV cache, for example 8GiB.", show_default="what is free"),
+]
+Threads = Annotated[
+    int | None, typer.Option(help="CPU threads of the engine.", show_default="the cores")
+]
+
+
+def main() -> None:
+    """Entry point of the console script; turns expected errors into one line and exit code 2."""
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    try:
+        check_kernels_package()
+        sys.exit(app(standalone_mode=False))
+    except FathomError as error:
+        console.print(f"fathom: {error}", markup=False)
+        sys.exit(2)
+    except (KeyboardInterrupt, typer.Abort):
+        sys.exit(130)
+    except UsageError as error:
+        message = getattr(error, "format_message", error.__str__)()
+        command = getattr(getattr(error, "ctx", None), "command_path", "fathom")
+        console.print(f"fathom: {message} (see `{command} --help`)", markup=False)
+        sys.exit(2)
+
+
+def check_kernels_package() -> None:
+    """Hugging Face publishes a package of the same name; say so plainly if it is the one found."""
+    if not hasattr(kernels, "paged_attention"):
+        raise FathomError(
+            f"another package named 'kernels' ({kernels.__file__}) shadows Fathom's; run Fathom in "
+            "its own environment (`make serve` makes one) or uninstall the other"
+        )
+
+
+@app.command()
+def serve(
+    model: Model = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    served_model_name: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Name clients ask for; may be given several times.", show_default="the model's"
+        ),
+    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    max_model_len: MaxModelLen = None,
+    max_num_seqs: Annotated[
+        int | None,
+        typer.Option(help="Sequences running at once.", show_default="256 on a GPU, 64 on a CPU"),
+    ] = None,
+    max_step_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens of one step, decodes and prompt chunks together.",
+            show_default="2048 on a GPU, 512 on a CPU",
+        ),
+    ] = None,
+    kv_cache_memory: KvCacheMemory = None,
+    page_size: Annotated[int, typer.Option(help="Tokens in a page of the KV cache.")] = 16,
+    threads: Threads = None,
+) -> None:
+    """Load a model and answer the OpenAI API on http://HOST:PORT/v1.
+
+    [bold]Examples[/bold]
+
+      fathom serve
+
+      fathom serve deepseek-ai/DeepSeek-R1-Distill-Qwen-7B
+
+      fathom serve ./DeepSeek-R1-Distill-Llama-8B --max-model-len 32768 --port 9000
+    """
+    config = EngineConfig(
+        model=str(EMBEDDED_MODEL) if model is None else model,
+        device=device,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_step_tokens=max_step_tokens,
+        page_size=page_size,
+        kv_cache_memory=_bytes(kv_cache_memory),
+        num_threads=threads,
+    )
+    names = served_model_name or _default_names(model)
+    serve_forever(config, ServeOptions(host=host, port=port, model_names=tuple(names)))
+
+
+@app.command()
+def chat(
+    model: Model = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(help="0 is greedy.", show_default="the model's", min=0.0, max=2.0),
+    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    max_model_len: MaxModelLen = None,
+    kv_cache_memory: KvCacheMemory = None,
+    threads: Threads = None,
+) -> None:
+    """Talk to a model in the terminal; thoughts are dimmed, Ctrl-C stops an answer."""
+    config = EngineConfig(
+        model=str(EMBEDDED_MODEL) if model is None else model,
+        device=device,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        max_num_seqs=1,
+        kv_cache_memory=_bytes(kv_cache_memory),
+        num_threads=threads,
+    )
+    console = Console(highlight=False)
+    started = time.monotonic()
+    with loading_bar(console, Path(config.model).name) as progress:
+        engine = Engine.from_checkpoint(config, progress)
+    for line in describe(engine.info, time.monotonic() - started):
+        console.print(line, style="dim", markup=False)
+    defaults = inspect_checkpoint(find_checkpoint(config.model)).generation
+    run_chat(engine, defaults, console, temperature)
+
+
+@app.command(name="pull")
+def pull_command(
+    hub_id: Annotated[
+        str, typer.Argument(help="For example deepseek-ai/DeepSeek-R1-Distill-Qwen-7B")
+    ],
+) -> None:
+    """Download a checkpoint from Hugging Face; run it again to resume."""
+    path = pull(hub_id)
+    Console(soft_wrap=True).print(f"{hub_id} is in {path}", markup=False, highlight=False)
+
+
+@keys_app.command("create")
+def create_key(
+    name: Annotated[str, typer.Argument(help="Who or what uses the key, for example open-webui.")],
+) -> None:
+    """Make a key and show it once; only its digest is kept."""
+    secret = KeyStore.open().create(name)
+    # The key alone on stdout, so that it can be piped into a client's configuration.
+    Console(stderr=True).print("Keep this key; it is not shown again:", style="dim")
+    print(secret)
+
+
+@keys_app.command("list")
+def list_keys() -> None:
+    """Show the keys' names and states, never the keys."""
+    console = Console()
+    entries = KeyStore.open().list()
+    if not entries:
+        console.print("No keys yet; make one with `fathom keys create NAME`.")
+        return
+    table = Table("id", "name", "created", "state")
+    for entry in entries:
+        created = datetime.fromtimestamp(entry.created_at).strftime("%Y-%m-%d %H:%M")
+        state = "active" if entry.revoked_at is None else "revoked"
+        table.add_row(entry.public_id, escape(entry.name), created, state)
+    console.print(table)
+
+
+@keys_app.command("revoke")
+def revoke_key(
+    name: Annotated[str, typer.Argument(help="Name or id, as `fathom keys list` shows it.")],
+) -> None:
+    """Make a key invalid at once, also for running servers."""
+    KeyStore.open().revoke(name)
+    Console().print(f"Revoked {name}.", markup=False, highlight=False)
+
+
+def _bytes(text: str | None) -> int | None:
+    return None if text is None else parse_bytes(text, "--kv-cache-memory")
+
+
+def _default_names(model: str | None) -> list[str]:
+    """The embedded model also answers to the name in the provider's document."""
+    if model is None:
+        return [EMBEDDED_MODEL.name, "deepseek-r1"]
+    name = Path(model).resolve().name if Path(model).is_dir() else model.rsplit("/", 1)[-1]
+    return [name] if Path(model).is_dir() or name == model else [name, model]
+
+
+if __name__ == "__main__":
+    main()

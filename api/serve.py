@@ -1,0 +1,224 @@
+"""`fathom serve`: the port, the engine process, the keys, then uvicorn until told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import ipaddress
+import json
+import logging
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import uvicorn
+from rich.console import Console
+
+from api.app import ServerState, create_app
+from api.keys import KeyStore
+from api.terminal import describe, loading_bar
+from runtime import (
+    Checkpoint,
+    ConfigError,
+    EngineClient,
+    EngineConfig,
+    Tokenizer,
+    find_checkpoint,
+    inspect_checkpoint,
+)
+
+KEEP_ALIVE_SECONDS = 75
+"""Above the idle time of every client's connection pool we know, so that no reuse meets a close."""
+SHUTDOWN_SECONDS = 5
+FIRST_KEY = "default"
+
+
+@dataclass(frozen=True, slots=True)
+class ServeOptions:
+    """Where to listen and under which names the model answers."""
+
+    host: str
+    port: int
+    model_names: tuple[str, ...]
+
+
+class Server(uvicorn.Server):
+    """uvicorn without its signal handlers: `serve_forever` decides when to stop, and how."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def serve_forever(config: EngineConfig, options: ServeOptions) -> None:
+    """Load the model and serve until SIGINT or SIGTERM.
+
+    Raises `ConfigError` or `CheckpointError` before any long work where that is possible: flags,
+    port, keys, files and tensor headers are checked before a weight is read.
+    """
+    console = Console(highlight=False, soft_wrap=True)
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    listener = bind(options.host, options.port)
+    with contextlib.closing(listener):
+        store = KeyStore.open()
+        require_keys(store, options.host)
+        config.resolve_device()
+        folder = find_checkpoint(config.model)
+        checkpoint = inspect_checkpoint(folder)
+        tokenizer = Tokenizer.load(folder)
+        asyncio.run(_serve(config, options, listener, store, checkpoint, tokenizer, console))
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket bound to the address. Raises `ConfigError` if it is taken or not ours."""
+    if not 0 <= port <= 65535:
+        raise ConfigError(f"--port must be between 0 and 65535, got {port}")
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except OSError as error:
+        raise ConfigError(f"--host {host!r} is not an address of this machine: {error}") from None
+    listener = socket.socket(family, kind, proto)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        reason = error.strerror or str(error)
+        raise ConfigError(
+            f"cannot listen on {host}:{port}: {reason}; choose another with --port"
+        ) from None
+    return listener
+
+
+def require_keys(store: KeyStore, host: str) -> None:
+    """Raises `ConfigError` for an address that others can reach while there is no key."""
+    if not is_loopback(host) and not has_keys(store):
+        raise ConfigError(
+            f"--host {host} can be reached by others and there is no API key; make one first with "
+            "`fathom keys create NAME`"
+        )
+
+
+def has_keys(store: KeyStore) -> bool:
+    return any(entry.revoked_at is None for entry in store.list())
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+async def _serve(
+    config: EngineConfig,
+    options: ServeOptions,
+    listener: socket.socket,
+    store: KeyStore,
+    checkpoint: Checkpoint,
+    tokenizer: Tokenizer,
+    console: Console,
+) -> None:
+    started = time.monotonic()
+    with loading_bar(console, options.model_names[0]) as progress:
+        engine = EngineClient(config, progress)
+        info = await engine.start()
+    try:
+        state = ServerState(
+            engine=engine,
+            tokenizer=tokenizer,
+            defaults=checkpoint.generation,
+            model_names=options.model_names,
+            keys=store,
+            created=int(time.time()),
+            system_fingerprint=fingerprint(checkpoint.folder),
+            max_model_len=info.max_model_len,
+        )
+        server = Server(
+            uvicorn.Config(
+                create_app(state),
+                http="h11",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_keep_alive=KEEP_ALIVE_SECONDS,
+                timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+            )
+        )
+        _stop_on_signals(server)
+        for line in describe(info, time.monotonic() - started):
+            console.print(line, markup=False)
+        announce(console, options, listener.getsockname()[1], store)
+        try:
+            await server.serve(sockets=[listener])
+        except OSError as error:
+            raise ConfigError(
+                f"cannot listen on {options.host}:{options.port}: {error.strerror}; choose another "
+                "with --port"
+            ) from None
+    finally:
+        await engine.stop()
+
+
+def _stop_on_signals(server: uvicorn.Server) -> None:
+    """The first SIGINT or SIGTERM ends gracefully, the second at once."""
+
+    def stop() -> None:
+        server.force_exit = server.should_exit
+        server.should_exit = True
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop)
+
+
+def announce(console: Console, options: ServeOptions, port: int, store: KeyStore) -> None:
+    """The address, a key, and a request to try at once.
+
+    The first start makes a lasting key. Later ones cannot show it again, so the request gets a key
+    that lives as long as this server.
+    """
+    if has_keys(store):
+        secret = store.lend()
+        about_key = (
+            f"A key for this run:  {secret}\n"
+            "Lasting keys: `fathom keys list`, `fathom keys create NAME`."
+        )
+    else:
+        secret = store.create(FIRST_KEY)
+        about_key = f"Your API key, shown only now:  {secret}"
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    base = f"http://{host}:{port}/v1"
+    messages = [{"role": "user", "content": "hello"}]
+    body = {"model": options.model_names[-1], "messages": messages}
+    text = f"""\
+serving  {base}  as {", ".join(options.model_names)}
+
+{about_key}
+
+Try it in another terminal:
+
+curl {base}/chat/completions \\
+  -H "Authorization: Bearer {secret}" -H "Content-Type: application/json" \\
+  -d '{json.dumps(body)}'
+
+Ctrl-C stops the server."""
+    console.print(text, markup=False)
+    sys.stdout.flush()
+
+
+def fingerprint(folder: Path) -> str:
+    """Names the model's configuration in answers: `fp_` and ten hex digits."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for file in sorted(folder.glob("*.safetensors")):
+        digest.update(f"{file.name}:{file.stat().st_size}".encode())
+    return f"fp_{digest.hexdigest()[:10]}"

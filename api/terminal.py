@@ -1,0 +1,79 @@
+"""What the command line shows: loading progress, start-up summary, sizes as people write them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from runtime import ConfigError, EngineInfo
+
+UNITS = {
+    "": 1,
+    "K": 10**3,
+    "M": 10**6,
+    "G": 10**9,
+    "T": 10**12,
+    "KI": 2**10,
+    "MI": 2**20,
+    "GI": 2**30,
+    "TI": 2**40,
+}
+
+
+def parse_bytes(text: str, flag: str) -> int:
+    """``"8GiB"``, ``"512 MB"`` or plain bytes as a number. Raises `ConfigError` naming ``flag``."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", text.strip().upper())
+    if match is None or match[2] not in UNITS:
+        raise ConfigError(f"{flag} {text!r} is not a size; write for example 8GiB or 512MB")
+    return int(float(match[1]) * UNITS[match[2]])
+
+
+def format_bytes(count: int) -> str:
+    """Bytes in the largest binary unit that keeps the number at or above 1."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} TiB"
+
+
+@contextmanager
+def loading_bar(console: Console, name: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar over weight bytes: done, rate and time left."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(f"Loading {name}", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def describe(info: EngineInfo, seconds: float) -> list[str]:
+    """The start-up summary: what was loaded, where, and what it leaves room for."""
+    capacity = info.num_pages * info.page_size
+    return [
+        f"model    {info.model}",
+        f"         {info.architecture}, {info.num_parameters / 1e6:,.1f} M parameters, "
+        f"{info.dtype} ({format_bytes(info.weight_bytes)}), loaded in {seconds:.1f} s",
+        f"device   {info.device}",
+        f"cache    {info.num_pages:,} pages of {info.page_size} tokens = {capacity:,} tokens "
+        f"({format_bytes(info.kv_cache_bytes)})",
+        f"limits   context {info.max_model_len:,} tokens, {info.max_num_seqs} sequences at once, "
+        f"{info.max_step_tokens:,} tokens a step",
+    ]

@@ -1,0 +1,191 @@
+"""A scripted engine behind the real application and a real server, for tests of the API."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import uvicorn
+
+from api.app import ServerState, create_app
+from runtime import (
+    EngineDead,
+    EngineInfo,
+    FinishReason,
+    Generation,
+    GenerationDefaults,
+    SamplingParams,
+    TokenEvent,
+    Tokenizer,
+    TokenLogprobs,
+)
+from runtime.admission import admit
+
+TINY = Path(__file__).resolve().parents[2] / "weights" / "fathom-tiny"
+MAX_MODEL_LEN = 512
+
+
+class ScriptedEngine:
+    """Says the same tokens to everyone, through the real `Generation`, after real admission."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.info = EngineInfo(
+            model="scripted",
+            architecture="none",
+            num_parameters=1,
+            weight_bytes=1,
+            device="cpu",
+            dtype="float32",
+            max_model_len=MAX_MODEL_LEN,
+            max_num_seqs=64,
+            max_step_tokens=512,
+            page_size=16,
+            num_pages=1024,
+            kv_cache_bytes=1,
+            vocab_size=tokenizer.num_tokens,
+            eos_token_ids=tuple(tokenizer.eos_token_ids),
+        )
+        self.token_ids: list[int] = []
+        self.seconds_per_token = 0.0
+        self.first_token_seconds = 0.0
+        self.batch = 1  # tokens that arrive together
+        self.fails_with: FinishReason | None = None  # after the last scripted token
+        self.dies = False  # after the last scripted token
+        self.healthy = True
+        self.max_live: int | None = None
+        self.submitted: list[tuple[list[int], SamplingParams]] = []
+        self.aborted: list[int] = []  # sequences that were aborted while they ran
+        self._live: dict[int, tuple[Generation, asyncio.Task[None]]] = {}
+        self._seq_ids = itertools.count()
+
+    @property
+    def num_live(self) -> int:
+        return len(self._live)
+
+    def say(self, answer: str, *, thought: str = "Let me see.", stop: bool = True) -> None:
+        """Script an answer; without ``stop`` it ends at max_tokens or the end of the script."""
+        tokenizer = self.tokenizer
+        assert tokenizer.think_end_id is not None
+        self.token_ids = [
+            *tokenizer.encode(thought + "\n"),
+            tokenizer.think_end_id,
+            *tokenizer.encode("\n\n" + answer),
+        ]
+        if stop:
+            self.token_ids.append(min(tokenizer.eos_token_ids))
+
+    def submit(self, prompt_ids: list[int], params: SamplingParams) -> Generation:
+        if not self.healthy:
+            raise EngineDead("the engine is not running")
+        seq_id = next(self._seq_ids)
+        admitted = admit(seq_id, prompt_ids, params, self.info)
+        if self.max_live is not None and len(self._live) >= self.max_live:
+            raise EngineDead("no more")
+        self.submitted.append((prompt_ids, params))
+        generation = Generation(seq_id, self._abort)
+        play = self._play(generation, params, admitted.max_new_tokens)
+        self._live[seq_id] = generation, asyncio.get_running_loop().create_task(play)
+        return generation
+
+    def _abort(self, seq_id: int) -> None:
+        if seq_id in self._live:
+            generation, task = self._live.pop(seq_id)
+            task.cancel()
+            self.aborted.append(seq_id)
+            generation.deliver(TokenEvent(seq_id, None, FinishReason.ABORT))
+
+    async def _play(self, generation: Generation, params: SamplingParams, limit: int) -> None:
+        await asyncio.sleep(self.first_token_seconds)
+        seq_id = generation.seq_id
+        last = len(self.token_ids) - 1
+        failing = self.dies or self.fails_with is not None
+        for index, token_id in enumerate(self.token_ids):
+            reason = None
+            if token_id in self.tokenizer.eos_token_ids:
+                reason = FinishReason.STOP
+            elif index + 1 == limit or (index == last and not failing):
+                reason = FinishReason.LENGTH
+            logprobs = None
+            if params.logprobs is not None:
+                others = tuple((other, -1.0 - other) for other in range(params.logprobs))
+                logprobs = TokenLogprobs(-0.25 * (index + 1), others)
+            generation.deliver(TokenEvent(seq_id, token_id, reason, logprobs))
+            if reason is not None:
+                del self._live[seq_id]
+                return
+            if (index + 1) % self.batch == 0:
+                await asyncio.sleep(self.seconds_per_token)
+        del self._live[seq_id]
+        if self.dies:
+            generation.fail(EngineDead("the engine process stopped"))
+        else:
+            generation.deliver(TokenEvent(seq_id, None, self.fails_with))
+
+
+def scripted_state(tokenizer: Tokenizer) -> ServerState:
+    return ServerState(
+        engine=ScriptedEngine(tokenizer),
+        tokenizer=tokenizer,
+        defaults=GenerationDefaults(temperature=0.6, top_p=0.95),
+        model_names=("fathom-tiny", "deepseek-r1"),
+        keys=None,
+        created=1_700_000_000,
+        system_fingerprint="fp_0123456789",
+        max_model_len=MAX_MODEL_LEN,
+    )
+
+
+@contextlib.contextmanager
+def serve(state: ServerState) -> Iterator[str]:
+    """Run the application in a real server on a free port; its address, ending in /v1."""
+    config = uvicorn.Config(
+        create_app(state),
+        port=0,
+        http="h11",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=1,
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        wait_until(lambda: server.started)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 10.0) -> None:
+    """Poll until ``condition()`` is true; fail after ``seconds``."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "the condition never became true"
+        time.sleep(0.005)
+
+
+def engine_of(state: ServerState) -> ScriptedEngine:
+    assert isinstance(state.engine, ScriptedEngine)
+    return state.engine
+
+
+def post(base: str, body: object, **options: Any) -> httpx.Response:
+    """POST a chat request; ``body`` is sent as it is if it is bytes, else as JSON."""
+    url = f"{base}/chat/completions"
+    options["verify"] = False  # reading the certificates would take most of the time
+    if isinstance(body, bytes):
+        headers = {"content-type": "application/json"}
+        return httpx.post(url, content=body, headers=headers, **options)
+    return httpx.post(url, json=body, **options)

@@ -1,0 +1,79 @@
+"""A real server with the embedded model, and real clients in environments of their own."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENTS = ROOT / ".venv" / "clients"  # kept between runs, ignored by git
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """Where the server listens, and a key for it."""
+
+    base: str
+    key: str
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """`fathom serve` as a user starts it the first time, on a free port."""
+    home = tmp_path_factory.mktemp("fathom-home")
+    log = home / "serve.log"
+    command = [sys.executable, "-m", "api.cli", "serve", "--port", "0", "--threads", "1"]
+    with log.open("w+", encoding="utf-8") as output:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, "FATHOM_HOME": str(home), "PYTHONUNBUFFERED": "1"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=output,
+            text=True,
+        )
+        assert process.stdout is not None
+        try:
+            text = ""
+            for line in process.stdout:
+                text += line
+                if "Ctrl-C" in line:
+                    break
+            base = re.search(r"http://127\.0\.0\.1:\d+/v1", text)
+            key = re.search(r"sk-[\w-]+", text)
+            assert base is not None and key is not None, text + log.read_text(encoding="utf-8")
+            yield Served(base[0], key[0])
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.stdout.close()
+            status = process.wait(timeout=30)
+    assert status == 0, log.read_text(encoding="utf-8")
+
+
+def client_python(requirement: str) -> Path:
+    """The interpreter of an environment that holds this one requirement, made if it is not there.
+
+    Fails, with pip's words, if it cannot be made.
+    """
+    folder = ENVIRONMENTS / requirement.replace("==", "-")
+    python, stamp = folder / "bin" / "python", folder / ".installed"
+    ENVIRONMENTS.mkdir(parents=True, exist_ok=True)
+    with (ENVIRONMENTS / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # tests run in several processes
+        if not stamp.exists():
+            install = [python, "-m", "pip", "install", "--quiet", requirement]
+            for command in ([sys.executable, "-m", "venv", "--clear", folder], install):
+                result = subprocess.run(command, capture_output=True, text=True)
+                assert result.returncode == 0, f"{requirement}: {result.stderr}"
+            stamp.touch()
+    return python
