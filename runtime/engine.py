@@ -81,6 +81,7 @@ class Engine:
         folder = find_checkpoint(config.model)
         checkpoint = inspect_checkpoint(folder)
         tokenizer = Tokenizer.load(folder)
+        config.resolve_model_len(checkpoint.config.max_position_embeddings)
         dtype = config.resolve_dtype(device, checkpoint.dtype, checkpoint.num_parameters)
         model = build_model(
             checkpoint, device=device, dtype=dtype, max_model_len=config.max_model_len

@@ -67,6 +67,13 @@ class EngineConfig:
             )
         return device
 
+    def resolve_model_len(self, limit: int) -> int:
+        """Longest context wanted from a model made for ``limit`` tokens. Raises `ConfigError`."""
+        wanted = self.max_model_len or limit
+        if wanted > limit:
+            raise ConfigError(f"--max-model-len {wanted} is above the {limit} tokens of this model")
+        return wanted
+
     def resolve_dtype(
         self, device: torch.device, checkpoint_dtype: torch.dtype, num_parameters: int
     ) -> torch.dtype:
@@ -136,11 +143,7 @@ def resolve_pages(
     Raises `ConfigError` if the flags cannot be met.
     """
     max_num_seqs = config.max_num_seqs or (256 if device.type == "cuda" else 64)
-    wanted_len = config.max_model_len or model_max_len
-    if wanted_len > model_max_len:
-        raise ConfigError(
-            f"--max-model-len {wanted_len} is above the {model_max_len} tokens of this model"
-        )
+    wanted_len = config.resolve_model_len(model_max_len)
     free = available_memory(device)
     budget = config.kv_cache_memory
     if budget is None:

@@ -322,4 +322,3 @@ def main(argv: list[str] | None = None) -> None:
         socket.socket(fileno=arguments.fd) as sock,
     ):
         serve_engine(sock)
-

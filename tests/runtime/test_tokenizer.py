@@ -36,6 +36,14 @@ V31_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ '<｜User｜>' + m['content'] }}{% endfor %}"
     "{{ '<｜Assistant｜>' }}{{ '<think>' if thinking else '</think>' }}"
 )
+# Its line breaks and indents vanish only with trim_blocks and lstrip_blocks.
+LAID_OUT_TEMPLATE = """{% for m in messages %}
+    {% if m['role'] == 'user' %}
+User: {{ m['content'] | tojson }}
+    {% endif %}
+{% endfor %}
+{% if add_generation_prompt %}
+Assistant:{% endif %}"""
 
 
 @cache
@@ -110,7 +118,7 @@ def test_raw_ids_equal_transformers_and_bytes_come_back(text: str) -> None:
     assert b"".join(tiny().token_bytes[i] for i in token_ids) == text.encode()
 
 
-@pytest.mark.parametrize("template", [R1_TEMPLATE, V31_TEMPLATE])
+@pytest.mark.parametrize("template", [R1_TEMPLATE, V31_TEMPLATE, LAID_OUT_TEMPLATE])
 @pytest.mark.parametrize("thinking", [True, False])
 def test_released_templates_render_as_in_transformers(
     folder: Path, template: str, thinking: bool
