@@ -1,7 +1,12 @@
 """Causal attention over keys and values that lie in pages: MHA, GQA and MQA, any chunk length.
 
-k_cache [num_pages, page_size, num_kv_heads, head_dim]     v_cache [..., v_head_dim]
-out[t, h] = softmax(scale * q[t, h] . k[0 .. p]) @ v[0 .. p],  p = positions[t]
+    k_cache [num_pages, page_size, num_kv_heads, head_dim]     v_cache [..., v_head_dim]
+    out[t, h] = softmax(scale * q[t, h] . k[0 .. p]) @ v[0 .. p],  p = positions[t]
+
+``kernels.attention_triton`` is the Triton body. The torch body gathers pages, heads before tokens,
+and multiplies by batches of heads. Keys are padded to the end of the key block of the query's own
+position, and rows to a multiple of 4, so a row has the same bits alone, among neighbours, decoded
+or in a chunk of any length; fp32 matmuls on CPUs give that for no other row counts.
 """
 
 from __future__ import annotations
@@ -15,8 +20,9 @@ from kernels.dispatch import use_triton
 
 # context lengths are padded to a multiple of this; a row's bits follow from its own position alone
 KEY_BLOCK = 64
-# tokens gathered at a time for decodes, and scores held at a time for chunks: both fit the caches
-MAX_GATHERED_TOKENS = 2048
+# keys of heads gathered at a time for decodes: past a MiB or two, fresh memory costs more than the
+# gather itself; and scores held at a time for chunks
+MAX_GATHERED_ROWS = 2048
 MAX_SCORES = 1 << 22
 
 
@@ -44,15 +50,26 @@ def paged_attention(
     if use_triton(q):
         _launch(q, k_cache, v_cache, batch, scale, out)
         return out
+    num_kv_heads = k_cache.shape[2]
+    group_size = q.shape[1] // num_kv_heads
     for seqs in decode_groups(batch):
         slots, lens = gathered_slots(batch, seqs, k_cache.shape[1])
-        keys = gather_heads(k_cache, slots)  # [num_seqs, num_kv_heads, num_keys, head_dim]
-        values = gather_heads(v_cache, slots)
-        out[seqs] = attend_decodes(q[seqs].float() * scale, keys, values, lens).to(out.dtype)
+        at_once = max(MAX_GATHERED_ROWS // slots.numel(), 1)
+        scaled = q[seqs].float() * scale
+        for first in range(0, num_kv_heads, at_once):
+            kv_heads = range(first, min(first + at_once, num_kv_heads))
+            heads = slice(kv_heads.start * group_size, kv_heads.stop * group_size)
+            keys = gather_heads(
+                k_cache, slots, kv_heads
+            )  # [num_seqs, kv_heads, num_keys, head_dim]
+            values = gather_heads(v_cache, slots, kv_heads)
+            attended = attend_decodes(scaled[:, heads], keys, values, lens)
+            out[seqs, heads] = attended.to(out.dtype)
     for seq, rows in chunks_of(batch):
         slots, _ = gathered_slots(batch, torch.tensor([seq]), k_cache.shape[1])
-        keys = gather_heads(k_cache, slots)[0]  # [num_kv_heads, num_keys, head_dim]
-        values = gather_heads(v_cache, slots)[0]
+        every = range(num_kv_heads)
+        keys = gather_heads(k_cache, slots, every)[0]  # [num_kv_heads, num_keys, head_dim]
+        values = gather_heads(v_cache, slots, every)[0]
         first = int(batch.positions[rows.start])
         out[rows] = attend_chunk(q[rows].float() * scale, keys, values, first).to(out.dtype)
     return out
@@ -87,7 +104,7 @@ def decode_groups(batch: PagedBatch) -> list[Tensor]:
         groups.setdefault(-(-context_len // KEY_BLOCK), []).append(seq)
     parts = []
     for num_blocks, seqs in groups.items():
-        size = max(MAX_GATHERED_TOKENS // (num_blocks * KEY_BLOCK), 1)
+        size = max(MAX_GATHERED_ROWS // (num_blocks * KEY_BLOCK), 1)
         parts += [torch.tensor(seqs[at : at + size]) for at in range(0, len(seqs), size)]
     return parts
 
@@ -95,11 +112,8 @@ def decode_groups(batch: PagedBatch) -> list[Tensor]:
 def chunks_of(batch: PagedBatch) -> list[tuple[int, slice]]:
     """Every sequence that is not a decode, with its token rows."""
     starts = batch.cu_seqlens_q.tolist()
-    return [
-        (seq, slice(starts[seq], starts[seq + 1]))
-        for seq in range(batch.num_decodes, batch.num_seqs)
-        if starts[seq] < starts[seq + 1]
-    ]
+    chunks = range(batch.num_decodes, batch.num_seqs)
+    return [(seq, slice(starts[seq], starts[seq + 1])) for seq in chunks]
 
 
 def gathered_slots(batch: PagedBatch, seqs: Tensor, page_size: int) -> tuple[Tensor, Tensor]:
@@ -116,10 +130,10 @@ def gathered_slots(batch: PagedBatch, seqs: Tensor, page_size: int) -> tuple[Ten
     return pages.long() * page_size + positions % page_size, lens
 
 
-def gather_heads(cache: Tensor, slots: Tensor) -> Tensor:
-    """Keys or values in fp32, heads before tokens: [num_seqs, num_kv_heads, num_keys, dim]."""
+def gather_heads(cache: Tensor, slots: Tensor, kv_heads: range) -> Tensor:
+    """Keys or values in fp32, heads before tokens: [num_seqs, len(kv_heads), num_keys, dim]."""
     num_kv_heads, dim = cache.shape[2:]
-    rows = slots[:, None] * num_kv_heads + torch.arange(num_kv_heads)[:, None]
+    rows = slots[:, None] * num_kv_heads + torch.arange(kv_heads.start, kv_heads.stop)[:, None]
     gathered = cache.view(-1, dim).index_select(0, rows.flatten())
     return gathered.view(*rows.shape, dim).float()
 
@@ -128,7 +142,7 @@ def attend_decodes(q: Tensor, keys: Tensor, values: Tensor, context_lens: Tensor
     """One query per sequence: [num_seqs, num_heads, v_head_dim] fp32, from scaled queries."""
     num_seqs, num_heads, dim = q.shape
     num_kv_heads, num_keys = keys.shape[1:3]
-    q = pad_rows(q.view(num_seqs * num_kv_heads, -1, dim))
+    q = pad_rows(q.reshape(num_seqs * num_kv_heads, -1, dim))
     scores = torch.bmm(q, keys.view(-1, num_keys, dim).mT)  # [num_seqs * num_kv_heads, group, keys]
     beyond = torch.arange(num_keys) >= context_lens[:, None]
     scores.view(num_seqs, -1, num_keys).masked_fill_(beyond[:, None], float("-inf"))

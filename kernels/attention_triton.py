@@ -16,6 +16,7 @@ past a sequence's end return. Keys past the context are masked at the load: page
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +25,6 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.batch import PagedBatch
-from kernels.dispatch import has_small_shared_memory
 
 LOG2_E = 1.4426950408889634
 NO_LIMIT = 2**31 - 1
@@ -228,7 +228,7 @@ class HeadShape:
 
 def head_shape(group_size: int, head_dim: int, v_head_dim: int) -> HeadShape:
     """The shape of plain heads: the largest power of two in ``head_dim``, then the rest."""
-    main_dim = min(head_dim, 1 << (head_dim.bit_length() - 1))
+    main_dim = 1 << (head_dim.bit_length() - 1)
     return HeadShape(group_size, main_dim, head_dim - main_dim, v_head_dim, False)
 
 
@@ -241,26 +241,26 @@ def split_size(shape: HeadShape) -> int:
 
 
 def attention_config(
-    shape: HeadShape, dtype: torch.dtype, small: bool, is_decode: bool
+    shape: HeadShape, dtype: torch.dtype, capability: int, is_decode: bool
 ) -> dict[str, int]:
     """Blocks, warps and stages of a launch; the compile tests read the same table.
 
-    ``small`` is ``has_small_shared_memory`` of the device.
     Bounded by shared memory (stages * BLOCK_N * bytes of a key and a value) and by registers
-    (BLOCK_M * V_BLOCK fp32 sums in num_warps * 32 threads).
+    (BLOCK_M * V_BLOCK fp32 sums in num_warps * 32 threads). ``capability`` is 90 for sm_90.
     """
+    roomy = capability // 10 in (9, 10)  # tensor cores that leave sums out of the general registers
     wide = shape.main_dim + shape.tail_dim > 256
-    group_block = max(triton.next_power_of_2(shape.group_size), 16)
     if dtype == torch.float32:
-        block_m, block_n, num_warps, num_stages = 16, 16 if wide else 32, 4, 1
-    elif wide:
-        block_m = min(group_block, 32) if is_decode else 32
-        block_n, num_warps, num_stages = (16, 8, 1) if small else (32, 8, 2)
+        block_m, block_n, num_warps, num_stages = 16, 16 if wide else 32, 8, 1
     elif is_decode:
-        block_m = min(group_block, 32)
-        block_n, num_warps, num_stages = 64, 4, 2 if small else 3
+        block_m = 16 if shape.group_size <= 16 else 32
+        block_n, num_warps, num_stages = (64, 4, 3) if roomy else (32, 4, 3)
+        if wide:
+            block_n, num_warps, num_stages = (32, 8, 2) if roomy else (16, 8, 1)
+    elif wide:
+        block_m, block_n, num_warps, num_stages = 32, 16, 8, 2 if roomy else 1
     else:
-        block_m, block_n, num_warps, num_stages = (64, 32, 4, 2) if small else (128, 64, 8, 2)
+        block_m, block_n, num_warps, num_stages = (128, 64, 8, 2) if roomy else (64, 32, 4, 2)
     return {
         "SPLIT": split_size(shape) if is_decode else 0,
         "MAIN_DIM": shape.main_dim,
@@ -281,6 +281,15 @@ def _block(dim: int) -> int:
     return max(1 << (dim - 1).bit_length(), 16)  # tl.dot takes 16 or more
 
 
+@functools.cache
+def capability_of(device: torch.device) -> int:
+    """Compute capability, 90 for sm_90; the interpreter takes the tiles of an H200."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return major * 10 + minor
+
+
 @dataclass(frozen=True, slots=True)
 class PagedHeads:
     """Queries and pages of one launch; tails are None where a head dimension is a power of two."""
@@ -297,8 +306,8 @@ def attend_decodes(
     heads: PagedHeads, shape: HeadShape, batch: PagedBatch, scale: float, out: Tensor
 ) -> None:
     """Rows [0, num_decodes) of ``out`` [num_tokens, num_heads, v_dim]."""
-    small = has_small_shared_memory(heads.q.device)
-    config = attention_config(shape, heads.q.dtype, small, is_decode=True)
+    capability = capability_of(heads.q.device)
+    config = attention_config(shape, heads.q.dtype, capability, is_decode=True)
     max_splits = triton.cdiv(batch.max_context_len, config["SPLIT"])
     num_tiles = triton.cdiv(shape.group_size, config["BLOCK_M"])
     grid = (0, batch.num_decodes, num_tiles, max_splits)
@@ -336,8 +345,8 @@ def attend_chunks(
     contexts: range = range(1, NO_LIMIT),
 ) -> None:
     """Rows of ``out`` that belong to ``seqs`` and whose sequence has one of ``contexts``."""
-    small = has_small_shared_memory(heads.q.device)
-    config = attention_config(shape, heads.q.dtype, small, is_decode=False)
+    capability = capability_of(heads.q.device)
+    config = attention_config(shape, heads.q.dtype, capability, is_decode=False)
     num_tiles = triton.cdiv(batch.max_query_len * shape.group_size, config["BLOCK_M"])
     grid = (seqs.start, len(seqs), num_tiles, 1)
     _launch(heads, batch, scale, config, out, None, grid, contexts)

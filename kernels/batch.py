@@ -17,10 +17,10 @@ class PagedBatch:
     """
 
     positions: Tensor  # [num_tokens] int64, position of each token in its sequence
-    slot_mapping: Tensor  # [num_tokens] int64, page_id * page_size + offset to write; -1 writes nothing
-    cu_seqlens_q: Tensor  # [num_seqs + 1] int32, first token row of each sequence, then the total
+    slot_mapping: Tensor  # [num_tokens] int64, page_id * page_size + offset; -1: not written
+    cu_seqlens_q: Tensor  # [num_seqs + 1] int32, first row of each sequence, then the total
     context_lens: Tensor  # [num_seqs] int32, tokens in the cache once this step's are written
-    block_table: Tensor  # [num_seqs, max_pages] int32, in position order; past the context: any valid id
+    block_table: Tensor  # [num_seqs, max_pages] int32, in position order; then any valid id
     num_decodes: int
     max_query_len: int  # longest chunk of the step
     max_context_len: int  # longest context of the step

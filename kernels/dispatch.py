@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 SMALL_SHARED_MEMORY = frozenset({(8, 6), (8, 7), (8, 9), (12, 0), (12, 1)})
-"""Compute capabilities with at most 99 KiB of shared memory per program; others have 163 or more."""
+"""Compute capabilities with 99 KiB of shared memory per program; others have 163 or more."""
 
 
 @functools.cache

@@ -73,11 +73,11 @@ def mla_attention(
     attended = q.new_empty((num_tokens, num_heads, rank))
     for seqs in decode_groups(batch):
         slots, lens = gathered_slots(batch, seqs, page_size)
-        latents = gather_heads(pages, slots)  # [num_seqs, 1, num_keys, rank + rope]
+        latents = gather_heads(pages, slots, range(1))  # [num_seqs, 1, num_keys, rank + rope]
         attended[seqs] = attend_decodes(q[seqs], latents, latents[..., :rank], lens)
     for seq, rows in chunks_of(batch):
         slots, _ = gathered_slots(batch, torch.tensor([seq]), page_size)
-        latents = gather_heads(pages, slots)[0]  # [1, num_keys, rank + rope]
+        latents = gather_heads(pages, slots, range(1))[0]  # [1, num_keys, rank + rope]
         first = int(batch.positions[rows.start])
         attended[rows] = attend_chunk(q[rows], latents, latents[..., :rank], first)
     return expand_values(attended.to(q_nope.dtype), kv_b_weight[:, nope:])

@@ -12,7 +12,7 @@
 Every filter is a threshold on l, in this order: top-k keeps l >= the k-th largest; top-p keeps the
 smallest such set that holds the share p of what top-k left; min-p keeps w >= min_p * max w. Tokens
 tied with the last one kept are kept, so nothing depends on how a sort breaks ties. What is unusual:
-no row is ever sorted on the common path, and a row has the same bits alone and in any batch.
+a large vocabulary is not sorted on the common path, and a row has the same bits in any batch.
 Graph-safe: every value of a row is read on the device; ``all_greedy``, ``any_filter`` and
 ``num_logprobs`` are host-known and pick the kernels.
 """
@@ -32,7 +32,7 @@ from kernels.philox import uniforms
 
 _BLOCK = 128  # a row's mass is summed per block of ids, then over the blocks
 _NUM_CANDIDATES = 256  # the filters look at this many of the largest logits before they sort a row
-_SMALL_VOCAB = 4096  # up to here numpy sorts a row as fast as torch finds its 64 largest (measured)
+_QUICK_SORT = 4096  # up to here numpy sorts a row, and torch.topk finds so many, fastest
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class SamplingBatch:
     repetition: Tensor | None = None  # [num_rows] fp32, > 0; 1 is off
     output_counts: Tensor | None = None  # [num_count_rows, >= vocab_size] int32, generated tokens
     rows: Tensor | None = None  # [num_rows] int64, the row of output_counts of each logits row
-    bias_ids: Tensor | None = None  # [num_rows, max_bias] int64, each id once per row; -1 is unused
+    bias_ids: Tensor | None = None  # [num_rows, max_bias] int64, an id once per row; -1 is unused
     bias_values: Tensor | None = None  # [num_rows, max_bias] fp32, -inf bans
     num_logprobs: int = -1  # -1: no log-probabilities; else how many of the largest to report
 
@@ -80,12 +80,10 @@ def sample(logits: Tensor, batch: SamplingBatch) -> Sampled:
         id below vocab_size.
     """
     num_rows = logits.shape[0]
-    if use_triton(logits):
-        if num_rows == 0:
-            return _empty(logits, batch)
-        return Sampled(*sampling_triton.sample(logits, batch))
     if num_rows == 0:
         return _empty(logits, batch)
+    if use_triton(logits):
+        return Sampled(*sampling_triton.sample(logits, batch))
     raw = logits[:, : batch.vocab_size].float()  # [num_rows, vocab_size]
     adjusted = _adjust(raw, batch)
     # numpy's argmax is ten times as fast as torch's here; both return the lowest id among equals
@@ -125,9 +123,9 @@ def _adjust(raw: Tensor, batch: SamplingBatch) -> Tensor:
     """Return ``raw`` [num_rows, vocab_size] with bias and penalties, itself if there are none."""
     logits = raw
     if batch.bias_ids is not None and batch.bias_values is not None:
-        used = batch.bias_ids >= 0
-        ids = batch.bias_ids.clamp(min=0)
-        logits = raw.scatter_add(1, ids, batch.bias_values.masked_fill(~used, 0.0))
+        used = (batch.bias_ids >= 0) & (batch.bias_ids < batch.vocab_size)
+        values = batch.bias_values.masked_fill(~used, 0.0)
+        logits = raw.scatter_add(1, batch.bias_ids.masked_fill(~used, 0), values)
     if batch.output_counts is None or batch.rows is None:
         return logits
     counts = batch.output_counts[batch.rows, : batch.vocab_size]  # [num_rows, vocab_size]
@@ -208,8 +206,8 @@ def _cut(
 ) -> Tensor:
     """Return the lowest logit that top-k and top-p keep, per row: [num_rows, 1].
 
-    Looks at the largest logits only, and once more at all of them for the rows whose cut lies
-    further down. Sums over the candidates run in descending order, so how many there are does not
+    Looks at the largest logits only, and at ever more of them for the rows whose cut lies further
+    down. Sums over the candidates run in descending order, so how many there are does not
     change a row's bits.
     """
     largest = _largest(logits, max(num_candidates, 2 * int(top_k.max())))
@@ -235,7 +233,7 @@ def _cut(
             temperature[again],
             top_k[again],
             top_p[again],
-            logits.shape[1],
+            16 * num_candidates,
         )
     return cut
 
@@ -244,7 +242,7 @@ def _largest(logits: Tensor, count: int) -> Tensor:
     """The ``count`` largest logits of each row, descending; fewer if the row is shorter."""
     vocab_size = logits.shape[1]
     count = min(count, vocab_size)
-    if count < vocab_size and vocab_size > _SMALL_VOCAB:
+    if count <= _QUICK_SORT < vocab_size:
         return logits.topk(count, dim=1).values
     ascending = np.sort(logits.numpy(), axis=1)
     return torch.from_numpy(ascending[:, : -count - 1 : -1].copy())

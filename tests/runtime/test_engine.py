@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -171,8 +170,8 @@ def test_the_triton_bodies_give_the_reference_models_tokens(
 
 
 @pytest.fixture(scope="module")
-def tiny() -> Iterator[Engine]:
-    yield make_engine(TINY)
+def tiny() -> Engine:
+    return make_engine(TINY)
 
 
 def chat_ids(engine: Engine, question: str) -> list[int]:
