@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from runtime import BadRequest, ContextLengthExceeded, Engine, FinishReason, SamplingParams
+from runtime import (
+    BadRequest,
+    ContextLengthExceeded,
+    Engine,
+    FinishReason,
+    SamplingParams,
+    Tokenizer,
+)
 from tests.runtime.checkpoints import (
     DEEPSEEK_V3,
     LINEAR_ROPE,
@@ -33,7 +40,8 @@ FAMILIES = ["fathom-tiny", *RANDOM]
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("checkpoints")
-    sizes = {"vocab_size": 2560, "max_position_embeddings": 1024}
+    num_tokens = Tokenizer.load(TINY).num_tokens
+    sizes = {"vocab_size": num_tokens, "max_position_embeddings": 1024}
     return {"fathom-tiny": TINY} | {
         name: write_checkpoint(root / name, config | sizes, with_tokenizer=True)
         for name, config in RANDOM.items()
