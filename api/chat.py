@@ -252,6 +252,7 @@ async def arrivals(
     finally:
         for task in waiting:
             task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
 
 
 async def _next(generation: GenerationLike) -> list[TokenEvent] | None:

@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-import kernels
 from api.keys import KeyStore
 from api.serve import ServeOptions, serve_forever
 from api.terminal import describe, loading_bar, parse_bytes
@@ -73,7 +72,6 @@ def main() -> None:
     """Entry point of the console script; turns expected errors into one line and exit code 2."""
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
-        check_kernels_package()
         sys.exit(app(standalone_mode=False))
     except FathomError as error:
         console.print(f"fathom: {error}", markup=False)
@@ -83,17 +81,9 @@ def main() -> None:
     except UsageError as error:
         message = getattr(error, "format_message", error.__str__)()
         command = getattr(getattr(error, "ctx", None), "command_path", "fathom")
-        console.print(f"fathom: {message} (see `{command} --help`)", markup=False)
+        if message:  # none when the help was shown for want of a command
+            console.print(f"fathom: {message} (see `{command} --help`)", markup=False)
         sys.exit(2)
-
-
-def check_kernels_package() -> None:
-    """Hugging Face publishes a package of the same name; say so plainly if it is the one found."""
-    if not hasattr(kernels, "paged_attention"):
-        raise FathomError(
-            f"another package named 'kernels' ({kernels.__file__}) shadows Fathom's; run Fathom in "
-            "its own environment (`make serve` makes one) or uninstall the other"
-        )
 
 
 @app.command()
@@ -124,6 +114,9 @@ def serve(
     kv_cache_memory: KvCacheMemory = None,
     page_size: Annotated[int, typer.Option(help="Tokens in a page of the KV cache.")] = 16,
     threads: Threads = None,
+    no_key: Annotated[
+        bool, typer.Option("--no-key", help="Let any program on this machine in without a key.")
+    ] = False,
 ) -> None:
     """Load a model and answer the OpenAI API on http://HOST:PORT/v1.
 
@@ -147,7 +140,8 @@ def serve(
         num_threads=threads,
     )
     names = served_model_name or _default_names(model)
-    serve_forever(config, ServeOptions(host=host, port=port, model_names=tuple(names)))
+    options = ServeOptions(host, port, tuple(names), needs_key=not no_key)
+    serve_forever(config, options)
 
 
 @app.command()
@@ -240,7 +234,3 @@ def _default_names(model: str | None) -> list[str]:
         return [EMBEDDED_MODEL.name, "deepseek-r1"]
     name = Path(model).resolve().name if Path(model).is_dir() else model.rsplit("/", 1)[-1]
     return [name] if Path(model).is_dir() or name == model else [name, model]
-
-
-if __name__ == "__main__":
-    main()

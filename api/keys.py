@@ -26,14 +26,16 @@ SCHEMA_VERSION = 1
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,31}")
 SECRET = re.compile(rb"[\x21-\x7e]{20,200}")
 
-SCHEMA = """
+# STRICT came with SQLite 3.37; Red Hat 9 has an older one.
+STRICT = "STRICT" if sqlite3.sqlite_version_info >= (3, 37) else ""
+SCHEMA = f"""
 CREATE TABLE IF NOT EXISTS keys (
     public_id TEXT PRIMARY KEY,
     name TEXT NOT NULL,
     digest BLOB NOT NULL UNIQUE,
     created_at INTEGER NOT NULL,
     revoked_at INTEGER
-) STRICT;
+) {STRICT};
 CREATE UNIQUE INDEX IF NOT EXISTS active_name ON keys (name) WHERE revoked_at IS NULL;
 """
 
@@ -52,7 +54,12 @@ def default_path() -> Path:
     """``keys.db`` in $FATHOM_HOME, else in fathom/ of the user's data directory."""
     if home := os.environ.get("FATHOM_HOME"):
         return Path(home) / FILE_NAME
-    data = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+    try:
+        data = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+    except RuntimeError:
+        raise ConfigError(
+            "this user has no home folder to keep API keys in; set FATHOM_HOME to a folder"
+        ) from None
     return Path(data) / "fathom" / FILE_NAME
 
 
@@ -143,7 +150,8 @@ class KeyStore:
             with self._connection:
                 cursor = self._connection.execute(
                     "UPDATE keys SET revoked_at = ? "
-                    "WHERE revoked_at IS NULL AND (name = ? OR public_id = ?)",
+                    "WHERE revoked_at IS NULL AND public_id = coalesce("
+                    "(SELECT public_id FROM keys WHERE name = ? AND revoked_at IS NULL), ?)",
                     (int(time.time()), name_or_id, name_or_id),
                 )
         except sqlite3.Error as error:

@@ -12,7 +12,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +34,8 @@ from runtime import (
 
 KEEP_ALIVE_SECONDS = 75
 """Above the idle time of every client's connection pool we know, so that no reuse meets a close."""
+DRAIN_SECONDS = 4
+"""How long a stopping server lets answers finish before it ends them with an error."""
 SHUTDOWN_SECONDS = 5
 FIRST_KEY = "default"
 
@@ -45,10 +47,20 @@ class ServeOptions:
     host: str
     port: int
     model_names: tuple[str, ...]
+    needs_key: bool = True
 
 
 class Server(uvicorn.Server):
-    """uvicorn without its signal handlers: `serve_forever` decides when to stop, and how."""
+    """uvicorn without its signal handlers: `serve_forever` decides when to stop, and how.
+
+    Whoever still waits for an answer when the time to shut down is over gets an error, not a cut.
+    """
+
+    end_streams: Callable[[], None] = staticmethod(lambda: None)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().call_later(DRAIN_SECONDS, self.end_streams)
+        await super().shutdown(sockets)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -66,8 +78,7 @@ def serve_forever(config: EngineConfig, options: ServeOptions) -> None:
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     listener = bind(options.host, options.port)
     with contextlib.closing(listener):
-        store = KeyStore.open()
-        require_keys(store, options.host)
+        store = open_keys(options)
         config.resolve_device()
         folder = find_checkpoint(config.model)
         checkpoint = inspect_checkpoint(folder)
@@ -83,7 +94,7 @@ def bind(host: str, port: int) -> socket.socket:
         family, kind, proto, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         raise ConfigError(f"--host {host!r} is not an address of this machine: {error}") from None
     listener = socket.socket(family, kind, proto)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -98,13 +109,22 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def require_keys(store: KeyStore, host: str) -> None:
-    """Raises `ConfigError` for an address that others can reach while there is no key."""
-    if not is_loopback(host) and not has_keys(store):
+def open_keys(options: ServeOptions) -> KeyStore | None:
+    """The key store, or None if the user wants no keys on a loopback address.
+
+    Raises `ConfigError` for an address that others can reach without a key.
+    """
+    if not options.needs_key:
+        if not is_loopback(options.host):
+            raise ConfigError(f"--no-key is for this machine only; --host {options.host} is not")
+        return None
+    store = KeyStore.open()
+    if not is_loopback(options.host) and not has_keys(store):
         raise ConfigError(
-            f"--host {host} can be reached by others and there is no API key; make one first with "
-            "`fathom keys create NAME`"
+            f"--host {options.host} can be reached by others and there is no API key; make one "
+            "first with `fathom keys create NAME`"
         )
+    return store
 
 
 def has_keys(store: KeyStore) -> bool:
@@ -122,7 +142,7 @@ async def _serve(
     config: EngineConfig,
     options: ServeOptions,
     listener: socket.socket,
-    store: KeyStore,
+    store: KeyStore | None,
     checkpoint: Checkpoint,
     tokenizer: Tokenizer,
     console: Console,
@@ -154,6 +174,7 @@ async def _serve(
                 timeout_graceful_shutdown=SHUTDOWN_SECONDS,
             )
         )
+        server.end_streams = lambda: engine.end_all("The server is shutting down.")
         _stop_on_signals(server)
         for line in describe(info, time.monotonic() - started):
             console.print(line, markup=False)
@@ -169,10 +190,12 @@ async def _serve(
         await engine.stop()
 
 
-def _stop_on_signals(server: uvicorn.Server) -> None:
+def _stop_on_signals(server: Server) -> None:
     """The first SIGINT or SIGTERM ends gracefully, the second at once."""
 
     def stop() -> None:
+        if server.should_exit:
+            server.end_streams()
         server.force_exit = server.should_exit
         server.should_exit = True
 
@@ -181,21 +204,9 @@ def _stop_on_signals(server: uvicorn.Server) -> None:
         loop.add_signal_handler(number, stop)
 
 
-def announce(console: Console, options: ServeOptions, port: int, store: KeyStore) -> None:
-    """The address, a key, and a request to try at once.
-
-    The first start makes a lasting key. Later ones cannot show it again, so the request gets a key
-    that lives as long as this server.
-    """
-    if has_keys(store):
-        secret = store.lend()
-        about_key = (
-            f"A key for this run:  {secret}\n"
-            "Lasting keys: `fathom keys list`, `fathom keys create NAME`."
-        )
-    else:
-        secret = store.create(FIRST_KEY)
-        about_key = f"Your API key, shown only now:  {secret}"
+def announce(console: Console, options: ServeOptions, port: int, store: KeyStore | None) -> None:
+    """The address, a key, and a request to try at once."""
+    secret, about_key = a_key(options, store)
     host = f"[{options.host}]" if ":" in options.host else options.host
     base = f"http://{host}:{port}/v1"
     messages = [{"role": "user", "content": "hello"}]
@@ -214,6 +225,24 @@ curl {base}/chat/completions \\
 Ctrl-C stops the server."""
     console.print(text, markup=False)
     sys.stdout.flush()
+
+
+def a_key(options: ServeOptions, store: KeyStore | None) -> tuple[str, str]:
+    """``(key for the printed request, what to say about keys)``.
+
+    The first start makes a lasting key. Later ones cannot show it again, so on this machine the
+    request gets a key that lives as long as the server.
+    """
+    if store is None:
+        return "none", "No key is needed: any program on this machine can use the server."
+    if not has_keys(store):
+        secret = store.create(FIRST_KEY)
+        return secret, f"Your API key, shown only now:  {secret}"
+    lasting = "Lasting keys: `fathom keys list`, `fathom keys create NAME`."
+    if not is_loopback(options.host):
+        return "$FATHOM_API_KEY", lasting
+    secret = store.lend()
+    return secret, f"A key for this run:  {secret}\n{lasting}"
 
 
 def fingerprint(folder: Path) -> str:

@@ -17,7 +17,7 @@ past a sequence's end return. Keys past the context are masked at the load: page
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -28,6 +28,8 @@ from kernels.batch import PagedBatch
 
 LOG2_E = 1.4426950408889634
 NO_LIMIT = 2**31 - 1
+# fp32 values of partial outputs that exist at a time, 128 MiB; more decodes take several launches
+MAX_PARTIAL_VALUES = 1 << 25
 COMBINE_CONFIG = {"BLOCK_SPLITS": 8, "num_warps": 4}
 
 
@@ -310,23 +312,39 @@ def attend_decodes(
     config = attention_config(shape, heads.q.dtype, capability, is_decode=True)
     max_splits = triton.cdiv(batch.max_context_len, config["SPLIT"])
     num_tiles = triton.cdiv(shape.group_size, config["BLOCK_M"])
-    grid = (0, batch.num_decodes, num_tiles, max_splits)
     if max_splits == 1:
+        grid = (0, batch.num_decodes, num_tiles, 1)
         _launch(heads, batch, scale, config, out, None, grid)
         return
     num_heads = heads.q.shape[1]
-    partial_shape = (batch.num_decodes, num_heads, max_splits)
-    lse = torch.empty(partial_shape, dtype=torch.float32, device=out.device)
-    partial = torch.empty((*partial_shape, shape.v_dim), dtype=torch.float32, device=out.device)
-    _launch(heads, batch, scale, config, partial, lse, grid)
-    combine_splits_kernel[(batch.num_decodes * num_heads,)](
-        partial,
-        lse,
-        out,
-        batch.context_lens,
-        num_heads,
-        max_splits,
-        **combine_config(config),
+    at_once = max(MAX_PARTIAL_VALUES // (num_heads * max_splits * shape.v_dim), 1)
+    for first in range(0, batch.num_decodes, at_once):
+        last = min(first + at_once, batch.num_decodes)
+        partial_shape = (last - first, num_heads, max_splits)
+        lse = torch.empty(partial_shape, dtype=torch.float32, device=out.device)
+        partial = torch.empty((*partial_shape, shape.v_dim), dtype=torch.float32, device=out.device)
+        grid = (0, last - first, num_tiles, max_splits)
+        rows = _decode_rows(heads, first, last)
+        few = replace(batch, context_lens=batch.context_lens[first:last])
+        _launch(rows, few, scale, config, partial, lse, grid)
+        combine_splits_kernel[((last - first) * num_heads,)](
+            partial,
+            lse,
+            out[first:last],
+            few.context_lens,
+            num_heads,
+            max_splits,
+            **combine_config(config),
+        )
+
+
+def _decode_rows(heads: PagedHeads, first: int, last: int) -> PagedHeads:
+    """Decodes [first, last) alone. Row i of any decodes is token i, so ``cu_seqlens_q`` stays."""
+    return replace(
+        heads,
+        q=heads.q[first:last],
+        q_tail=None if heads.q_tail is None else heads.q_tail[first:last],
+        block_table=heads.block_table[first:last],
     )
 
 

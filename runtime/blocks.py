@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-DUMMY_PAGE = 0
-"""Page that no sequence ever owns: unused block-table entries and padding rows point at it."""
-
 
 class PagePool:
-    """Hands out page ids ``1 … num_pages``; `DUMMY_PAGE` lies outside the count.
+    """Hands out page ids ``1 … num_pages``. Page 0 is owned by nobody: padding points at it.
 
     A page is either free or owned by exactly one block table. Freed pages are reused last-in,
     first-out, so that a small working set stays warm in the processor's cache.
@@ -23,10 +20,6 @@ class PagePool:
     @property
     def num_free(self) -> int:
         return len(self._free)
-
-    @property
-    def num_used(self) -> int:
-        return self.num_pages - len(self._free)
 
     def allocate(self, count: int) -> list[int] | None:
         """``count`` pages, or None and no change if fewer are free."""

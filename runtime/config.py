@@ -217,7 +217,6 @@ class GenerationDefaults:
     top_p: float | None = None
     top_k: int | None = None
     repetition_penalty: float | None = None
-    do_sample: bool | None = None
     eos_token_ids: tuple[int, ...] = ()
 
     @classmethod
@@ -231,11 +230,13 @@ class GenerationDefaults:
         def number(key: str, low: float, high: float) -> float | None:
             return fields.number(key, low=low, high=high) if fields.has(key) else None
 
+        temperature = number("temperature", 0.0, 2.0)
+        if not fields.boolean("do_sample", True):
+            temperature = 0.0
         return cls(
-            temperature=number("temperature", 0.0, 100.0),
+            temperature=temperature,
             top_p=number("top_p", 0.0, 1.0),
-            top_k=fields.integer("top_k", low=0, high=2**31 - 1) if fields.has("top_k") else None,
-            repetition_penalty=number("repetition_penalty", 1e-3, 100.0),
-            do_sample=fields.boolean("do_sample") if fields.has("do_sample") else None,
+            top_k=fields.integer("top_k", low=-1, high=2**31 - 1) if fields.has("top_k") else None,
+            repetition_penalty=number("repetition_penalty", 1e-3, 10.0),
             eos_token_ids=fields.token_ids("eos_token_id", vocab_size),
         )

@@ -15,6 +15,7 @@ import torch
 
 from runtime.admission import admit
 from runtime.engine_config import EngineConfig, EngineInfo, resolve_pages
+from runtime.errors import ConfigError
 from runtime.request import FinishReason, SamplingParams, TokenEvent, TokenLogprobs
 from runtime.runner import ModelRunner
 from runtime.scheduler import Plan, SampledToken, Scheduler
@@ -78,6 +79,8 @@ class Engine:
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         device = config.resolve_device()
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # Triton launches on the current device
         folder = find_checkpoint(config.model)
         checkpoint = inspect_checkpoint(folder)
         tokenizer = Tokenizer.load(folder)
@@ -86,14 +89,16 @@ class Engine:
         model = build_model(
             checkpoint, device=device, dtype=dtype, max_model_len=config.max_model_len
         )
-        load_weights(checkpoint, model, progress or (lambda done, total: None))
         bytes_per_token = cache_bytes_per_token(model, dtype)
         num_pages, max_model_len, max_num_seqs = resolve_pages(
             config,
             device=device,
             bytes_per_token=bytes_per_token,
             model_max_len=model.config.max_position_embeddings,
+            # A GPU has set the weights' memory aside already, a CPU does so as they are written.
+            reserved=checkpoint.num_parameters * dtype.itemsize if device.type == "cpu" else 0,
         )
+        load_weights(checkpoint, model, progress or (lambda done, total: None))
         info = EngineInfo(
             model=str(config.model),
             architecture=checkpoint.architecture,
@@ -122,7 +127,10 @@ class Engine:
             device=device,
             dtype=dtype,
         )
-        return cls(runner, make_scheduler(info), info, tokenizer)
+        engine = cls(runner, make_scheduler(info), info, tokenizer)
+        if device.type == "cuda":
+            engine.warm_up()
+        return engine
 
     # -- the step API ----------------------------------------------------------------------
 
@@ -160,6 +168,25 @@ class Engine:
             "num_free_pages": self.scheduler.pool.num_free,
         }
 
+    def warm_up(self) -> None:
+        """Compile what every request needs, so that a GPU that cannot run it fails the start.
+
+        Raises `ConfigError`.
+        """
+        num_prompt = min(20, self.info.max_model_len - 2)
+        drawn = SamplingParams(max_tokens=2, ignore_eos=True, top_p=0.9, seed=0)
+        for params in (SamplingParams(max_tokens=2, ignore_eos=True, temperature=0.0), drawn):
+            self.add([0] * max(num_prompt, 1), params)
+            try:
+                while self.has_work:
+                    self.step()
+            except Exception as error:  # whatever driver, compiler or memory raise
+                reason = " ".join(str(error).split())[:300]
+                raise ConfigError(
+                    f"{self.info.device} cannot run the kernels; use --device cpu "
+                    f"({type(error).__name__}: {reason})"
+                ) from error
+
     # -- offline use -----------------------------------------------------------------------
 
     def generate(
@@ -186,6 +213,8 @@ class Engine:
                 pending[self.add(ids, one)] = completion, assembler
             while pending:
                 for event in self.step():
+                    if event.seq_id not in pending:
+                        continue  # of a sequence that the caller added
                     completion, assembler = pending[event.seq_id]
                     if self._extend(completion, assembler, event):
                         self.abort(event.seq_id)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ import torch
 from runtime.errors import ConfigError
 
 GIB = 1 << 30
+CGROUP = Path("/sys/fs/cgroup")
 DEFAULT_PAGE_SIZE = 16
 WORKSPACE_BYTES = GIB
 """Left free on a GPU beside weights and pages, for activations and the CUDA context."""
@@ -43,10 +46,16 @@ class EngineConfig:
             raise ConfigError(
                 f"--dtype {self.dtype!r} is not one of auto, float32, bfloat16, float16"
             )
-        for name in ("max_model_len", "max_num_seqs", "max_step_tokens", "kv_cache_memory"):
+        for name, limit in (
+            ("max_model_len", 1 << 24),
+            ("max_num_seqs", 4096),
+            ("max_step_tokens", 1 << 17),
+            ("kv_cache_memory", 1 << 50),
+        ):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+            if value is not None and not 1 <= value <= limit:
+                flag = name.replace("_", "-")
+                raise ConfigError(f"--{flag} must be between 1 and {limit}, got {value}")
         if self.num_threads is not None and self.num_threads < 1:
             raise ConfigError(f"--threads must be at least 1, got {self.num_threads}")
         if self.page_size not in (1, 2, 4, 8, 16, 32, 64, 128):
@@ -118,14 +127,21 @@ def available_memory(device: torch.device) -> int:
     """Bytes that can still be allocated on a device; for the CPU, what Linux calls available."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
+    meminfo = _read(Path("/proc/meminfo"))
+    available = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo, re.MULTILINE)
+    free = int(available[1]) * 1024 if available else 4 * GIB
+    # A container's own limit, which /proc/meminfo does not know.
+    limit, used = (_read(CGROUP / name).strip() for name in ("memory.max", "memory.current"))
+    if limit.isdecimal() and used.isdecimal():
+        free = min(free, max(int(limit) - int(used), 0))
+    return free
+
+
+def _read(path: Path) -> str:
     try:
-        with open("/proc/meminfo", encoding="ascii") as meminfo:  # noqa: PTH123 - a kernel interface
-            for line in meminfo:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
+        return path.read_text()
     except OSError:
-        pass
-    return 4 * GIB
+        return ""
 
 
 def resolve_pages(
@@ -134,8 +150,11 @@ def resolve_pages(
     device: torch.device,
     bytes_per_token: int,
     model_max_len: int,
+    reserved: int = 0,
 ) -> tuple[int, int, int]:
-    """``(num_pages, max_model_len, max_num_seqs)`` by arithmetic, after the weights are in place.
+    """``(num_pages, max_model_len, max_num_seqs)`` by arithmetic, before the weights are read.
+
+    ``reserved`` bytes of the free memory belong to the weights.
 
     Pages never exceed what every sequence at full length would use. Without ``--kv-cache-memory``
     a GPU gives all that is free but `WORKSPACE_BYTES`, a CPU a quarter of the free memory up to
@@ -144,7 +163,7 @@ def resolve_pages(
     """
     max_num_seqs = config.max_num_seqs or (256 if device.type == "cuda" else 64)
     wanted_len = config.resolve_model_len(model_max_len)
-    free = available_memory(device)
+    free = max(available_memory(device) - reserved, 0)
     budget = config.kv_cache_memory
     if budget is None:
         budget = free - WORKSPACE_BYTES if device.type == "cuda" else min(free // 4, 4 * GIB)

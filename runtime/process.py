@@ -16,7 +16,6 @@ import contextlib
 import itertools
 import os
 import select
-import signal
 import socket
 import subprocess
 import sys
@@ -31,12 +30,14 @@ from runtime import wire
 from runtime.admission import admit
 from runtime.engine import Engine
 from runtime.engine_config import EngineConfig, EngineInfo
-from runtime.errors import CheckpointError, ConfigError, EngineDead, FathomError
+from runtime.errors import CheckpointError, ConfigError, EngineDead, FathomError, QueueFull
 from runtime.request import FinishReason, SamplingParams, TokenEvent
 
 STOP_SECONDS = 5.0
 """How long a stopped engine process may take to leave before it is killed."""
 PROGRESS_SECONDS = 0.1
+MAX_WAITING = 256
+"""Sequences that may wait beyond those that run."""
 
 
 class Generation:
@@ -122,6 +123,7 @@ class EngineClient:
                 [sys.executable, "-P", "-m", "runtime", "--fd", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
+                process_group=0,  # Ctrl-C reaches the server only, which then ends the engine
                 env={**os.environ, "PYTHONPATH": path},
             )
         reader, self._writer = await asyncio.open_connection(sock=ours)
@@ -141,6 +143,8 @@ class EngineClient:
         if self._writer is not None:
             self._send({"type": "stop"})
         if self._process is not None:
+            if self._info is None:
+                self._process.kill()  # it is busy loading and reads no messages
             try:
                 await asyncio.to_thread(self._process.wait, STOP_SECONDS)
             except subprocess.TimeoutExpired:
@@ -150,9 +154,14 @@ class EngineClient:
             await self._reader_task
 
     def submit(self, prompt_ids: list[int], params: SamplingParams) -> Generation:
-        """Queue a sequence. Raises `BadRequest`, `ContextLengthExceeded` or `EngineDead`."""
+        """Queue a sequence.
+
+        Raises `BadRequest`, `ContextLengthExceeded`, `QueueFull` or `EngineDead`.
+        """
         if not self.healthy:
             raise EngineDead("the engine is not running")
+        if len(self._generations) >= self.info.max_num_seqs + MAX_WAITING:
+            raise QueueFull(f"{MAX_WAITING} requests are waiting already; try again later")
         seq_id = next(self._seq_ids)
         admit(seq_id, prompt_ids, params, self.info)  # refuse here what the engine would refuse
         generation = Generation(seq_id, self._abort)
@@ -165,6 +174,13 @@ class EngineClient:
         }
         self._send(message)
         return generation
+
+    def end_all(self, reason: str) -> None:
+        """End every generation; their readers get an `EngineDead` with this reason."""
+        for seq_id, generation in self._generations.items():
+            self._send({"type": "abort", "seq_id": seq_id})
+            generation.fail(EngineDead(reason))
+        self._generations.clear()
 
     async def stats(self) -> dict[str, int]:
         """The engine's own counts (`Engine.stats`). Raises `EngineDead`."""
@@ -315,8 +331,6 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m runtime")
     parser.add_argument("--fd", type=int, required=True, help="socket inherited from the server")
     arguments: Any = parser.parse_args(argv)
-    # Ctrl-C reaches the whole terminal group; the server decides when the engine ends.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     with (
         contextlib.suppress(BrokenPipeError, ConnectionResetError),
         socket.socket(fileno=arguments.fd) as sock,

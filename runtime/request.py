@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from runtime.errors import BadRequest
 
 MAX_STOP_STRINGS = 16
+MAX_STOP_CHARS = 256
 MAX_LOGIT_BIAS = 1024
 MAX_TOP_LOGPROBS = 20
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
@@ -19,8 +20,8 @@ INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 class SamplingParams:
     """How to choose tokens and when to end. Ranges are checked here, once, for every caller.
 
-    Defaults are the API's neutral ones; `resolve_sampling` of the checkpoint's generation_config
-    happens above the engine. Raises `BadRequest` naming the field, the value and the limit.
+    Defaults are the API's neutral ones; a checkpoint's recommendations come in above the engine.
+    Raises `BadRequest` naming the field, the value and the limit.
     """
 
     max_tokens: int | None = None  # None: until the context is full
@@ -80,6 +81,13 @@ class SamplingParams:
         if any(not text for text in self.stop):
             raise BadRequest(
                 "stop must not hold an empty string", param="stop", code="invalid_value"
+            )
+        if any(len(text) > MAX_STOP_CHARS for text in self.stop):
+            longest = max(map(len, self.stop))
+            raise BadRequest(
+                f"a stop string may have {MAX_STOP_CHARS} characters, got {longest}",
+                param="stop",
+                code="string_above_max_length",
             )
         if len(self.logit_bias) > MAX_LOGIT_BIAS:
             raise BadRequest(

@@ -149,7 +149,7 @@ class Scheduler:
         return [TokenEvent(seq.seq_id, None, FinishReason.ERROR) for seq in failed]
 
     def check(self) -> None:
-        """Assert that pages, rows and sequence lists agree. Called by tests and when idle."""
+        """Assert that pages, rows and sequence lists agree. For tests."""
         self.pool.check(seq.block_table for seq in self.running)
         rows = [seq.row for seq in self.running]
         assert sorted(rows + self._free_rows) == list(range(self.max_num_seqs))

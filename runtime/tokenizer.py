@@ -214,7 +214,7 @@ class Tokenizer:
 
 def _is_control(token: tokenizers.AddedToken) -> bool:
     text = token.content
-    return bool(text) and (token.special or "｜" in text or bool(re.fullmatch(r"<\S+>", text)))
+    return len(text) > 1 and (token.special or "｜" in text or bool(re.fullmatch(r"<\S+>", text)))
 
 
 def _is_hidden(token: tokenizers.AddedToken) -> bool:

@@ -72,7 +72,8 @@ def find_checkpoint(model: str) -> Path:
 def is_hub_id(model: str) -> bool:
     """Whether ``model`` is spelt like ``organisation/name``."""
     part = r"[A-Za-z0-9](?:[\w.-]{0,94}\w)?"
-    return re.fullmatch(f"{part}/{part}", model, re.ASCII) is not None
+    well_formed = re.fullmatch(f"{part}/{part}", model, re.ASCII) is not None
+    return well_formed and "--" not in model and ".." not in model
 
 
 def pull(hub_id: str) -> Path:

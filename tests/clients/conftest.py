@@ -31,7 +31,18 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """`fathom serve` as a user starts it the first time, on a free port."""
     home = tmp_path_factory.mktemp("fathom-home")
     log = home / "serve.log"
-    command = [sys.executable, "-m", "api.cli", "serve", "--port", "0", "--threads", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "api",
+        "serve",
+        "--port",
+        "0",
+        "--threads",
+        "1",
+        "--device",
+        "cpu",
+    ]
     with log.open("w+", encoding="utf-8") as output:
         process = subprocess.Popen(
             command,

@@ -21,9 +21,9 @@ ROOT = Path(__file__).resolve().parents[2]
 @contextmanager
 def serving(home: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A server on a free port and what it printed until it was ready."""
-    command = [sys.executable, "-m", "api.cli", "serve", "--port", "0", "--threads", "1"]
+    command = [sys.executable, "-m", "api", "serve", "--device", "cpu"]
     server = subprocess.Popen(
-        [*command, "--max-model-len", "1024"],
+        [*command, "--threads", "1", "--port", "0"],
         cwd=ROOT,
         env={**os.environ, "FATHOM_HOME": str(home), "PYTHONUNBUFFERED": "1"},
         stdout=subprocess.PIPE,
@@ -112,7 +112,7 @@ def test_a_stream_in_progress_does_not_hold_up_the_end_and_the_port_is_free_agai
             "messages": [{"role": "user", "content": "hello"}],
             "stream": True,
             "ignore_eos": True,
-            "max_tokens": 900,
+            "logit_bias": {"20": 100},
         }
         headers = {"Authorization": f"Bearer {key}"}
         with (
@@ -123,8 +123,13 @@ def test_a_stream_in_progress_does_not_hold_up_the_end_and_the_port_is_free_agai
             assert next(lines).startswith("data: ")
             engine = engine_pid(server)
             server.send_signal(signal.SIGINT)
+            time.sleep(0.3)
             server.send_signal(signal.SIGINT)
+            last = [line for line in lines if line][-1]
+            assert "shutting down" in json.loads(last.removeprefix("data: "))["error"]["message"]
             assert server.wait(20) == 0
+        assert server.stderr is not None
+        assert "Traceback" not in server.stderr.read()
         wait_until_gone(engine)
         port = int(base.rsplit(":", 1)[1].split("/")[0])
         with socket.socket() as listener:

@@ -85,6 +85,7 @@ def test_ids_outside_the_vocabulary_are_refused(
         ("logprobs", 21),
         ("stop", ("",)),
         ("stop", ("x",) * 17),
+        ("stop", ("x" * 257,)),
         ("logit_bias", ((1, 100.5),)),
         ("logit_bias", ((1, math.nan),)),
     ],
@@ -101,7 +102,7 @@ def test_sampling_ranges(name: str, value: object) -> None:
         ({"device": "tpu"}, "--device 'tpu'"),
         ({"dtype": "int3"}, "--dtype 'int3'"),
         ({"page_size": 12}, "--page-size"),
-        ({"max_num_seqs": 0}, "--max-num-seqs must be at least 1, got 0"),
+        ({"max_num_seqs": 0}, "--max-num-seqs must be between 1 and 4096, got 0"),
         ({"num_threads": 0}, "--threads"),
     ],
 )
@@ -139,4 +140,4 @@ def test_impossible_budgets_are_refused() -> None:
     with pytest.raises(ConfigError, match="one page takes 16000"):
         resolve(kv_cache_memory=16_000)
     with pytest.raises(ConfigError, match="bytes free on cpu"):
-        resolve(kv_cache_memory=1 << 60)
+        resolve(kv_cache_memory=1 << 49)

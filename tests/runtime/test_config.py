@@ -179,7 +179,7 @@ def test_generation_defaults(tmp_path: Path) -> None:
     assert GenerationDefaults.load(tmp_path, vocab_size=100) == GenerationDefaults()
     values = {"temperature": 0.6, "top_p": 0.95, "do_sample": True, "eos_token_id": [1, 7]}
     assert write_generation(tmp_path, values) == GenerationDefaults(
-        temperature=0.6, top_p=0.95, do_sample=True, eos_token_ids=(1, 7)
+        temperature=0.6, top_p=0.95, eos_token_ids=(1, 7)
     )
     assert write_generation(tmp_path, {"eos_token_id": 3}).eos_token_ids == (3,)
 

@@ -22,6 +22,7 @@ from runtime import (
     EngineDead,
     FinishReason,
     Generation,
+    QueueFull,
     SamplingParams,
 )
 from tests.runtime.engines import TINY, chats, make_engine
@@ -134,6 +135,24 @@ def test_a_killed_engine_fails_its_streams_and_refuses_new_ones() -> None:
             client.submit([5], SamplingParams())
         with pytest.raises(EngineDead):
             await client.stats()
+
+    with_client(work)
+
+
+def test_a_full_queue_refuses_and_takes_again_once_there_is_room(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("runtime.process.MAX_WAITING", 0)
+
+    async def work(client: EngineClient) -> None:
+        params = SamplingParams(max_tokens=400, ignore_eos=True)
+        generations = [client.submit([5] * 5, params) for _ in range(client.info.max_num_seqs)]
+        with pytest.raises(QueueFull):
+            client.submit([5] * 5, params)
+        for generation in generations:
+            generation.abort()
+        await read(client.submit([5] * 5, SamplingParams(max_tokens=2)))
+        await assert_idle(client)
 
     with_client(work)
 
