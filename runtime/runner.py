@@ -11,10 +11,10 @@ import math
 import numpy as np
 import numpy.typing as npt
 import torch
-from kernels.sampling import Sampled, SamplingBatch, count_tokens, sample
 from torch import Tensor
 
 from kernels.batch import PagedBatch
+from kernels.sampling import Sampled, SamplingBatch, count_tokens, sample
 from runtime.models import CausalLM
 from runtime.request import Sequence, TokenLogprobs
 from runtime.scheduler import Plan, SampledToken

@@ -401,7 +401,7 @@ def main() -> None:
         description="Make the embedded model: two million parameters in the DeepSeek-V3 layout, "
         "trained on our own English and Chinese sentences (tiny_sentences.json, multiplied by "
         "tiny_text.py). Nothing is downloaded.",
-        epilog="A quick try: python weights/make_tiny.py --output /tmp/fathom-tiny --steps 100. "
+        epilog="A quick try: python weights/make_tiny.py --output try-tiny --steps 100. "
         "The full run takes under an hour on two CPU cores and minutes on a GPU.",
     )
     parser.add_argument("--output", type=Path, required=True, help="folder to write")

@@ -78,7 +78,7 @@ def test_a_seed_gives_the_same_answer_alone_and_among_others(served: Served) -> 
 
     alone, together = asyncio.run(answers())
     assert together[7] == alone
-    assert len(set(together)) > 6
+    assert len(set(together)) > 2
 
 
 def test_logprobs_of_the_most_likely_token(client: openai.OpenAI) -> None:

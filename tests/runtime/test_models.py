@@ -268,7 +268,7 @@ def test_cache_bytes_per_token(tmp_path: Path) -> None:
 
 
 def test_embedded_model_equals_transformers() -> None:
-    tokens = random_tokens(200, 2500)
+    tokens = random_tokens(200, 2000)
     (logits,) = Pages(load(FATHOM_TINY)).step((0, tokens, 0, len(tokens)))
     expected = reference_logits(FATHOM_TINY, tokens)
     assert (logits - expected).abs().max() <= TOLERANCE
