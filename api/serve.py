@@ -102,11 +102,13 @@ def bind(host: str, port: int) -> socket.socket:
         listener.bind(address)
     except OSError as error:
         listener.close()
-        reason = error.strerror or str(error)
-        raise ConfigError(
-            f"cannot listen on {host}:{port}: {reason}; choose another with --port"
-        ) from None
+        raise cannot_listen(host, port, error) from None
     return listener
+
+
+def cannot_listen(host: str, port: int, error: OSError) -> ConfigError:
+    reason = error.strerror or str(error)
+    return ConfigError(f"cannot listen on {host}:{port}: {reason}; choose another with --port")
 
 
 def open_keys(options: ServeOptions) -> KeyStore | None:
@@ -178,14 +180,12 @@ async def _serve(
         _stop_on_signals(server)
         for line in describe(info, time.monotonic() - started):
             console.print(line, markup=False)
-        announce(console, options, listener.getsockname()[1], store)
         try:
-            await server.serve(sockets=[listener])
+            listener.listen()  # before the address is shown: whoever asks at once is answered
         except OSError as error:
-            raise ConfigError(
-                f"cannot listen on {options.host}:{options.port}: {error.strerror}; choose another "
-                "with --port"
-            ) from None
+            raise cannot_listen(options.host, options.port, error) from None
+        announce(console, options, listener.getsockname()[1], store)
+        await server.serve(sockets=[listener])
     finally:
         await engine.stop()
 
