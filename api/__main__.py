@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from importlib.util import find_spec
 
 
 def main() -> None:
     """Run the command line, unless Hugging Face's package of the name `kernels` hides ours."""
+    # Importing torch takes seconds, in which Ctrl-C must not be swallowed nor print a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     found = find_spec("kernels")
     if found is None or find_spec("kernels.mla") is None:
         where = found.origin if found else "nowhere"
@@ -19,6 +22,7 @@ def main() -> None:
         sys.exit(2)
     from api.cli import main as run
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     run()
 
 

@@ -31,6 +31,7 @@ from api.schemas import (
 from api.sse import DONE, KEEP_ALIVE, EventStream, frame, while_connected
 from api.state import GenerationLike, ServerState
 from runtime import (
+    ContextLengthExceeded,
     EngineDead,
     FinishReason,
     RequestError,
@@ -60,6 +61,7 @@ async def chat_completions(request: Request) -> Response:
     model = state.check_model(chat.model)
     params = sampling_params(chat, state.defaults)
     messages = template_messages(chat)
+    refuse_hopeless(state, messages)
     # A long prompt takes tens of milliseconds, in which other streams must go on.
     prompt = await asyncio.to_thread(state.tokenizer.encode_chat, messages)
     answer = Answer(
@@ -77,6 +79,17 @@ async def chat_completions(request: Request) -> Response:
         return JSONResponse(await while_connected(request.receive, fold(chunks)))
     finally:
         answer.abort()
+
+
+def refuse_hopeless(state: ServerState, messages: Sequence[dict[str, Any]]) -> None:
+    """Raises `ContextLengthExceeded` for text that cannot fit however it is encoded.
+
+    An assistant's text does not count: its thoughts may be dropped from the prompt.
+    """
+    texts = (message["content"] for message in messages if message["role"] != "assistant")
+    num_tokens = sum(state.tokenizer.fewest_tokens(text) for text in texts if text)
+    if num_tokens >= state.max_model_len:
+        raise ContextLengthExceeded(num_tokens, state.max_model_len)
 
 
 def submit(

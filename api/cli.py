@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import time
 from datetime import datetime
@@ -18,6 +19,7 @@ from api.serve import ServeOptions, serve_forever
 from api.terminal import describe, loading_bar, parse_bytes
 from api.terminal_chat import chat as run_chat
 from runtime import (
+    ConfigError,
     Engine,
     EngineConfig,
     FathomError,
@@ -71,6 +73,9 @@ Threads = Annotated[
 def main() -> None:
     """Entry point of the console script; turns expected errors into one line and exit code 2."""
     console = Console(stderr=True, highlight=False, soft_wrap=True)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # an ASCII terminal must not end the program
     try:
         sys.exit(app(standalone_mode=False))
     except FathomError as error:
@@ -140,6 +145,8 @@ def serve(
         num_threads=threads,
     )
     names = served_model_name or _default_names(model)
+    if not all(names):
+        raise ConfigError("--served-model-name must not be empty")
     options = ServeOptions(host, port, tuple(names), needs_key=not no_key)
     serve_forever(config, options)
 
@@ -167,6 +174,8 @@ def chat(
         kv_cache_memory=_bytes(kv_cache_memory),
         num_threads=threads,
     )
+    if sys.stdin is None or sys.stdout is None:
+        raise ConfigError("fathom chat needs standard input and output")
     console = Console(highlight=False)
     started = time.monotonic()
     with loading_bar(console, Path(config.model).name) as progress:
@@ -193,10 +202,17 @@ def create_key(
     name: Annotated[str, typer.Argument(help="Who or what uses the key, for example open-webui.")],
 ) -> None:
     """Make a key and show it once; only its digest is kept."""
-    secret = KeyStore.open().create(name)
-    # The key alone on stdout, so that it can be piped into a client's configuration.
+    store = KeyStore.open()
+    secret = store.create(name)
     Console(stderr=True).print("Keep this key; it is not shown again:", style="dim")
-    print(secret)
+    try:
+        # The key alone on stdout, so that it can be piped into a client's configuration.
+        if sys.stdout is None:
+            raise OSError("it is closed")
+        print(secret, flush=True)
+    except OSError as error:
+        store.revoke(name)
+        raise ConfigError(f"standard output took no key ({error}); {name} is revoked") from None
 
 
 @keys_app.command("list")

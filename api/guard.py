@@ -193,7 +193,8 @@ def parse_json(data: bytes) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise invalid_json(f"{error.msg} at character {error.pos}") from None
     except ValueError as error:
-        raise invalid_json(shorten(str(error))) from None
+        why = "a number has too many digits" if "int_max_str" in str(error) else str(error)
+        raise invalid_json(shorten(why)) from None
     if not isinstance(body, dict):
         raise invalid_json("it must be an object")
     return body

@@ -10,19 +10,22 @@ import json
 import logging
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import h11
 import uvicorn
 from rich.console import Console
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from api.app import ServerState, create_app
+from api.errors import envelope
 from api.keys import KeyStore
 from api.terminal import describe, loading_bar
 from runtime import (
+    BadRequest,
     Checkpoint,
     ConfigError,
     EngineClient,
@@ -48,6 +51,23 @@ class ServeOptions:
     port: int
     model_names: tuple[str, ...]
     needs_key: bool = True
+
+
+class Protocol(H11Protocol):
+    """h11 whose refusals of malformed HTTP are in the error envelope too."""
+
+    def send_400_response(self, msg: str) -> None:
+        error = BadRequest(msg, code="invalid_http")
+        body = json.dumps(envelope(error)).encode()
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(body)).encode()),
+            (b"connection", b"close"),
+        ]
+        response = h11.Response(status_code=400, headers=headers, reason=b"Bad Request")
+        for event in (response, h11.Data(data=body), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
 
 
 class Server(uvicorn.Server):
@@ -167,8 +187,9 @@ async def _serve(
         server = Server(
             uvicorn.Config(
                 create_app(state),
-                http="h11",
+                http=Protocol,
                 lifespan="off",
+                ws="none",
                 log_config=None,
                 access_log=False,
                 server_header=False,
@@ -224,7 +245,6 @@ curl {base}/chat/completions \\
 
 Ctrl-C stops the server."""
     console.print(text, markup=False)
-    sys.stdout.flush()
 
 
 def a_key(options: ServeOptions, store: KeyStore | None) -> tuple[str, str]:

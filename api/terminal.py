@@ -33,7 +33,7 @@ UNITS = {
 
 def parse_bytes(text: str, flag: str) -> int:
     """``"8GiB"``, ``"512 MB"`` or plain bytes as a number. Raises `ConfigError` naming ``flag``."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", text.strip().upper())
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]?I?)B?", text.strip().upper())
     if match is None or match[2] not in UNITS:
         raise ConfigError(f"{flag} {text!r} is not a size; write for example 8GiB or 512MB")
     return int(float(match[1]) * UNITS[match[2]])

@@ -49,7 +49,7 @@ def chat(
             answer = _answer(engine, tokenizer, messages, defaults, console, temperature)
         except FathomError as error:
             messages.pop()
-            console.print(f"fathom: {error}", style="red", highlight=False)
+            console.print(f"fathom: {error}", style="red", markup=False, highlight=False)
             continue
         messages.append({"role": "assistant", "content": answer})
 

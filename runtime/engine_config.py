@@ -12,6 +12,7 @@ import torch
 from runtime.errors import ConfigError
 
 GIB = 1 << 30
+MAX_THREADS = 1024
 CGROUP = Path("/sys/fs/cgroup")
 DEFAULT_PAGE_SIZE = 16
 WORKSPACE_BYTES = GIB
@@ -56,8 +57,12 @@ class EngineConfig:
             if value is not None and not 1 <= value <= limit:
                 flag = name.replace("_", "-")
                 raise ConfigError(f"--{flag} must be between 1 and {limit}, got {value}")
-        if self.num_threads is not None and self.num_threads < 1:
-            raise ConfigError(f"--threads must be at least 1, got {self.num_threads}")
+        if self.num_threads is not None and not 1 <= self.num_threads <= MAX_THREADS:
+            raise ConfigError(
+                f"--threads must be between 1 and {MAX_THREADS}, got {self.num_threads}"
+            )
+        if not self.model:
+            raise ConfigError("the model's name is empty; give a folder or a hub id")
         if self.page_size not in (1, 2, 4, 8, 16, 32, 64, 128):
             raise ConfigError(f"--page-size must be a power of two up to 128, got {self.page_size}")
 

@@ -253,7 +253,7 @@ class EngineClient:
         for generation in self._generations.values():
             generation.fail(error)
         self._generations.clear()
-        if not self._stopping:
+        if not self._stopping and self._info is not None:
             print("fathom: the engine process stopped; restart the server", file=sys.stderr)
 
 

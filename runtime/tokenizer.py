@@ -55,6 +55,7 @@ class Tokenizer:
         added = backend.get_added_tokens_decoder()
         self.token_bytes = _token_bytes(backend, {i: token.content for i, token in added.items()})
         self.num_tokens = len(self.token_bytes)
+        self._max_token_bytes = max(map(len, self.token_bytes), default=1) or 1
         self._hidden_ids = frozenset(i for i, token in added.items() if _is_hidden(token))
         ids = {token.content: i for i, token in added.items()}
         self.think_start_id = ids.get(THINK_START)
@@ -109,8 +110,8 @@ class Tokenizer:
         """
         _require_unicode(text, param)
         if self._add_bos is None:
-            return self._backend.encode(text).ids
-        ids = self._backend.encode(text, add_special_tokens=False).ids
+            return self._backend.encode_batch_fast([text])[0].ids
+        ids = self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
         if self._add_bos and tuple(ids[:1]) != self._bos_ids:
             return [*self._bos_ids, *ids]
         return ids
@@ -141,9 +142,14 @@ class Tokenizer:
             self._mark_controls(prepared, mark), self._mark_controls(variables, mark)
         )
         parts = [part for part in rendered.split(mark) if part]
-        encodings = (self._backend.encode(part, add_special_tokens=False) for part in parts)
+        # Batches, unlike single texts, are encoded without Python's lock: other streams go on.
+        encodings = self._backend.encode_batch_fast(parts, add_special_tokens=False)
         token_ids = [token_id for encoding in encodings for token_id in encoding.ids]
         return ChatPrompt(token_ids, "".join(parts), self.opens_thought(token_ids))
+
+    def fewest_tokens(self, text: str) -> int:
+        """A lower bound on the tokens of ``text``, without encoding it."""
+        return -(-len(text.encode(errors="replace")) // self._max_token_bytes)
 
     def opens_thought(self, token_ids: Sequence[int]) -> bool:
         """Whether a prompt ends inside a thought: its last ``<think>`` is not closed."""
@@ -207,7 +213,7 @@ class Tokenizer:
         return text
 
     def _control_positions(self, text: str) -> list[int]:
-        encoding = self._control_finder.encode(text)
+        [encoding] = self._control_finder.encode_batch([text])
         spans = zip(encoding.offsets, encoding.ids, strict=True)
         return [start for (start, _), token_id in spans if token_id > 0]
 

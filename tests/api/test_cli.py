@@ -63,17 +63,21 @@ def busy_port() -> Iterator[int]:
         (["serve", "--port", "eighty"], "Invalid value for '--port'"),
         (["serve", "--port", "70000"], "--port must be between 0 and 65535, got 70000"),
         (["serve", "--device", "tpu"], "--device 'tpu' is not one of auto, cpu, cuda"),
-        (["serve", "--device", "cuda:99"], "--device cuda:99: this machine shows"),
+        (["serve", "--port", "0", "--device", "cuda:99"], "--device cuda:99: this machine shows"),
         (["serve", "--dtype", "int3"], "--dtype 'int3' is not one of"),
         (["serve", "--kv-cache-memory", "lots"], "--kv-cache-memory 'lots' is not a size"),
         (["serve", "--page-size", "12"], "--page-size must be a power of two up to 128, got 12"),
         (["serve", "--max-num-seqs", "0"], "--max-num-seqs must be between 1 and 4096, got 0"),
-        (["serve", "./no-such-folder"], "./no-such-folder: no such folder"),
+        (["serve", "--port", "0", "./no-such-folder"], "./no-such-folder: no such folder"),
         (["serve", "--port", "0", "--max-model-len", "9000"], "9000 is above the 8192 tokens"),
         (["serve", "--port", "0", "--host", "no.such.host.invalid"], "is not an address"),
         (["chat", "./no-such-folder"], "./no-such-folder: no such folder"),
         (["pull", "not-a-hub-id"], "not-a-hub-id: not a hub id"),
         (["keys", "revoke", "nobody"], "nobody"),
+        (["serve", ""], "the model's name is empty"),
+        (["serve", "--served-model-name", ""], "--served-model-name must not be empty"),
+        (["serve", "--kv-cache-memory", "9" * 400], "is not a size"),
+        (["serve", "--threads", "100000000000"], "--threads must be between 1 and 1024"),
         (["sing"], "No such command 'sing'"),
     ],
 )
@@ -171,3 +175,19 @@ def test_chat_answers_in_the_terminal_and_leaves_at_end_of_input(fathom: Fathom)
     result = fathom("chat", "--temperature", "0", stdin="hello\n/clear\n/?\nhi\n")
     assert result.returncode == 0, result.stderr
     assert "hello there" in result.stdout.lower()
+
+
+def test_a_key_that_could_not_be_shown_is_revoked(
+    fathom: Fathom, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full(io.StringIO):
+        def flush(self) -> None:
+            raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", ["fathom", "keys", "create", "lost"])
+        patch.setattr(sys, "stdout", Full())
+        with pytest.raises(SystemExit) as caught:
+            main()
+    assert caught.value.code == 2
+    assert "revoked" in fathom("keys", "list").stdout

@@ -163,3 +163,25 @@ def test_a_dead_engine_turns_health_red_and_answers_503(tmp_path: Path) -> None:
         assert response.status_code == 503
         assert response.json()["error"]["code"] == "engine_unavailable"
         assert "Retry-After" in response.headers
+
+
+def test_what_cannot_be_answered_is_refused_in_the_envelope(tmp_path: Path) -> None:
+    with serving(tmp_path) as (_, banner):
+        base = banner.split("serving")[1].split()[0]
+        key = banner.split("Bearer ")[1].split('"')[0]
+        port = int(base.rsplit(":", 1)[1].split("/")[0])
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            client.sendall(b"GET /v1/models HTTP/1.1\r\nContent-Length: -3\r\n\r\n")
+            head, _, body = client.makefile("rb").read().partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 400")
+        assert set(json.loads(body)["error"]) == {"message", "type", "param", "code"}
+        response = httpx.post(
+            f"{base}/chat/completions",
+            headers={"Authorization": f"Bearer {key}"},
+            json={"messages": [{"role": "user", "content": "hello there " * 500_000}]},
+            timeout=30,
+        )
+        assert response.status_code == 400
+        error = response.json()["error"]
+        assert error["code"] == "context_length_exceeded"
+        assert "8192" in error["message"]
