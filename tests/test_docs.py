@@ -52,3 +52,19 @@ def test_constraints_pin_every_dependency() -> None:
         if "==" in line
     }
     assert names - pinned == set()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_no_placeholder_is_left(document: str) -> None:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    names = set(re.findall(r"\b[A-Z]+_[A-Z_]+\b", text))
+    assert names <= {
+        "FATHOM_HOME",
+        "HF_HOME",
+        "HF_HUB_OFFLINE",
+        "HF_TOKEN",
+        "HUB_ID",
+        "OPENAI_API_BASE_URL",
+        "OPENAI_API_KEY",
+        "TRITON_INTERPRET",
+    }
