@@ -47,6 +47,10 @@ def chat(
         messages.append({"role": "user", "content": line})
         try:
             answer = _answer(engine, tokenizer, messages, defaults, console, temperature)
+        except KeyboardInterrupt:  # before the first token
+            messages.pop()
+            console.print()
+            continue
         except FathomError as error:
             messages.pop()
             console.print(f"fathom: {error}", style="red", markup=False, highlight=False)
