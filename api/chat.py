@@ -21,7 +21,6 @@ from starlette.responses import JSONResponse, Response
 from api.errors import HttpError, envelope, internal_error, shorten
 from api.guard import log_fault, read_json
 from api.schemas import (
-    INT64_MAX,
     ChatRequest,
     parse_chat,
     sampling_params,
@@ -31,6 +30,7 @@ from api.schemas import (
 from api.sse import DONE, KEEP_ALIVE, EventStream, frame, while_connected
 from api.state import GenerationLike, ServerState
 from runtime import (
+    INT64_MAX,
     ContextLengthExceeded,
     EngineDead,
     FinishReason,

@@ -22,9 +22,8 @@ from pydantic import (
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from api.errors import shorten
-from runtime import BadRequest, GenerationDefaults, SamplingParams
+from runtime import INT64_MAX, INT64_MIN, BadRequest, GenerationDefaults, SamplingParams
 
-INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 INT32_MAX = 2**31 - 1
 MAX_CHOICES = 8
 MAX_MESSAGES = 2048

@@ -15,12 +15,21 @@ from runtime.errors import (
     RequestError,
 )
 from runtime.process import EngineClient, Generation
-from runtime.request import FinishReason, SamplingParams, TokenEvent, TokenLogprobs
+from runtime.request import (
+    INT64_MAX,
+    INT64_MIN,
+    FinishReason,
+    SamplingParams,
+    TokenEvent,
+    TokenLogprobs,
+)
 from runtime.text import TextAssembler, TextPiece
 from runtime.tokenizer import ChatPrompt, Tokenizer
 from runtime.weights import Checkpoint, find_checkpoint, inspect_checkpoint, pull
 
 __all__ = [
+    "INT64_MAX",
+    "INT64_MIN",
     "BadRequest",
     "ChatPrompt",
     "Checkpoint",

@@ -177,10 +177,9 @@ class EngineClient:
 
     def end_all(self, reason: str) -> None:
         """End every generation; their readers get an `EngineDead` with this reason."""
-        for seq_id, generation in self._generations.items():
+        for seq_id in self._generations:
             self._send({"type": "abort", "seq_id": seq_id})
-            generation.fail(EngineDead(reason))
-        self._generations.clear()
+        self._fail_all(EngineDead(reason))
 
     async def stats(self) -> dict[str, int]:
         """The engine's own counts (`Engine.stats`). Raises `EngineDead`."""
@@ -239,6 +238,11 @@ class EngineClient:
                 assert self._ready is not None
                 self._ready.set_exception(kinds.get(message["kind"], EngineDead)(message["text"]))
 
+    def _fail_all(self, error: EngineDead) -> None:
+        for generation in self._generations.values():
+            generation.fail(error)
+        self._generations.clear()
+
     def _close(self) -> None:
         assert self._writer is not None
         self._writer.close()
@@ -250,9 +254,7 @@ class EngineClient:
             answer = self._stats.popleft()
             if not answer.done():
                 answer.set_exception(error)
-        for generation in self._generations.values():
-            generation.fail(error)
-        self._generations.clear()
+        self._fail_all(error)
         if not self._stopping and self._info is not None:
             print("fathom: the engine process stopped; restart the server", file=sys.stderr)
 

@@ -73,20 +73,20 @@ class SamplerRows:
             (-1 if seq.params.logprobs is None else seq.params.logprobs for seq in seqs), default=-1
         )
         return SamplingBatch(
-            temperature=self._send(temperature),
-            top_k=self._send(top_k),
-            top_p=self._send(top_p),
-            min_p=self._send(min_p),
-            seeds=self._send(self.seeds[rows]),
-            positions=self._send(positions),
+            temperature=to_device(self.device, temperature),
+            top_k=to_device(self.device, top_k),
+            top_p=to_device(self.device, top_p),
+            min_p=to_device(self.device, min_p),
+            seeds=to_device(self.device, self.seeds[rows]),
+            positions=to_device(self.device, positions),
             vocab_size=self.vocab_size,
             all_greedy=not bool(drawing.any()),
             any_filter=any_filter,
-            presence=self._send(self.presence[rows]) if penalized else None,
-            frequency=self._send(self.frequency[rows]) if penalized else None,
-            repetition=self._send(self.repetition[rows]) if penalized else None,
+            presence=to_device(self.device, self.presence[rows]) if penalized else None,
+            frequency=to_device(self.device, self.frequency[rows]) if penalized else None,
+            repetition=to_device(self.device, self.repetition[rows]) if penalized else None,
             output_counts=self.output_counts if penalized else None,
-            rows=self._send(rows) if penalized else None,
+            rows=to_device(self.device, rows) if penalized else None,
             bias_ids=bias_ids,
             bias_values=bias_values,
             num_logprobs=num_logprobs,
@@ -123,10 +123,7 @@ class SamplerRows:
         for row, bias in enumerate(entries):
             ids[row, : len(bias)] = list(bias)
             values[row, : len(bias)] = list(bias.values())
-        return self._send(ids), self._send(values)
-
-    def _send(self, array: npt.NDArray[np.generic]) -> Tensor:
-        return torch.from_numpy(array).to(self.device, non_blocking=True)
+        return to_device(self.device, ids), to_device(self.device, values)
 
 
 class ModelRunner:
@@ -176,7 +173,7 @@ class ModelRunner:
             return []
         ends = np.cumsum([chunk.num_tokens for chunk in plan.chunks])[samplers] - 1
         if len(ends) < hidden.shape[0]:
-            hidden = hidden[self._send(ends)]  # [num_sampled, hidden]
+            hidden = hidden[to_device(self.device, ends)]  # [num_sampled, hidden]
         logits = self.model.logits(hidden)  # [num_sampled, vocab]
         seqs = [plan.chunks[i].seq for i in samplers]
         sampling = self.sampler.batch(seqs, self.eos_token_ids)
@@ -203,16 +200,16 @@ class ModelRunner:
         pages = table[owners, positions // self.page_size]
         slots = pages.astype(np.int64) * self.page_size + positions % self.page_size
         batch = PagedBatch(
-            positions=self._send(positions),
-            slot_mapping=self._send(slots),
-            cu_seqlens_q=self._send(cu_seqlens),
-            context_lens=self._send(context_lens),
-            block_table=self._send(table),
+            positions=to_device(self.device, positions),
+            slot_mapping=to_device(self.device, slots),
+            cu_seqlens_q=to_device(self.device, cu_seqlens),
+            context_lens=to_device(self.device, context_lens),
+            block_table=to_device(self.device, table),
             num_decodes=plan.num_decodes,
             max_query_len=int(lens.max()),
             max_context_len=max_context_len,
         )
-        return self._send(np.array(ids, np.int64)), batch
+        return to_device(self.device, np.array(ids, np.int64)), batch
 
     def _copy_block_table(self, seq: Sequence) -> None:
         known = self._num_pages[seq.row]
@@ -220,8 +217,9 @@ class ModelRunner:
             self._block_table[seq.row, known : len(seq.block_table)] = seq.block_table[known:]
             self._num_pages[seq.row] = len(seq.block_table)
 
-    def _send(self, array: npt.NDArray[np.generic]) -> Tensor:
-        return torch.from_numpy(array).to(self.device, non_blocking=True)
+
+def to_device(device: torch.device, array: npt.NDArray[np.generic]) -> Tensor:
+    return torch.from_numpy(array).to(device, non_blocking=True)
 
 
 def _to_host(sampled: Sampled, seqs: list[Sequence]) -> list[SampledToken]:
