@@ -30,7 +30,7 @@ LOG2_E = 1.4426950408889634
 NO_LIMIT = 2**31 - 1
 # fp32 values of partial outputs that exist at a time, 128 MiB; more decodes take several launches
 MAX_PARTIAL_VALUES = 1 << 25
-COMBINE_CONFIG = {"BLOCK_SPLITS": 8, "num_warps": 4}
+COMBINE_CONFIG = {"BLOCK_SPLITS": 8, "KEEP_EMPTY": False, "num_warps": 4}
 
 
 @triton.jit(
@@ -186,9 +186,12 @@ def combine_splits_kernel(
     V_DIM: tl.constexpr,
     V_BLOCK: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
+    KEEP_EMPTY: tl.constexpr,  # rows without a split stay as they are, instead of 0
 ):
     row = tl.program_id(0).to(tl.int64)
     num_splits = tl.cdiv(tl.load(context_lens_ptr + row // num_heads), SPLIT)
+    if (num_splits == 0) & KEEP_EMPTY:
+        return
     columns = tl.arange(0, V_BLOCK)
     highest = tl.full((), float("-inf"), dtype=tl.float32)
     total = tl.zeros((), dtype=tl.float32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 
+import torch
 from torch import Tensor
 
 
@@ -17,3 +18,8 @@ def interpreting() -> bool:
 def use_triton(tensor: Tensor) -> bool:
     """True if the op that got ``tensor`` should launch its Triton body."""
     return tensor.is_cuda or interpreting()
+
+
+def multiplies_fp8(device: torch.device) -> bool:
+    """Whether the chip has fp8 matrix units (Ada, sm_89, and later)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)

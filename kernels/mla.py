@@ -13,15 +13,21 @@ Decodes are absorbed: they would make the keys anew each step. On the GPU chunks
 the context is at most ``max_expanded_context``, so that the buffer stays small, else absorbed; that
 depends on the model and the sequence alone. The torch body always absorbs: then a row has the same
 bits decoded or in any chunk, and on the CPU attention is a small part of a step.
+Sparse (DeepSeek-V3.2): absorbed, to the keys that ``kernels.indexer`` chose. What sees no more keys
+than are chosen goes the dense way, with the same bits as in a step where everything is dense: the
+torch body decides that by token, the Triton body by sequence.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from kernels import attention_triton
+from kernels import attention_triton, sparse_mla_triton
 from kernels.attention import (
+    MAX_GATHERED_ROWS,
     attend_chunk,
     attend_decodes,
     chunks_of,
@@ -66,11 +72,65 @@ def mla_attention(
         return q_nope.new_empty((0, num_heads, kv_b_weight.shape[1] - nope))
     if use_triton(q_nope):
         return _launch(q_nope, q_pe, latent_cache, kv_b_weight, batch, scale)
+    q = torch.cat((absorb(q_nope, kv_b_weight), q_pe), dim=-1).float() * scale
+    attended = _attend_all(q, latent_cache, rank, batch)
+    return expand_values(attended.to(q_nope.dtype), kv_b_weight[:, nope:])
+
+
+def sparse_mla_attention(
+    q_nope: Tensor,
+    q_pe: Tensor,
+    latent_cache: Tensor,
+    kv_b_weight: Tensor,
+    batch: PagedBatch,
+    scale: float,
+    selected: Tensor,
+) -> Tensor:
+    """``mla_attention`` to chosen keys only.
+
+    Args:
+        selected: [num_tokens, top_k] int32, contiguous, from ``kernels.indexer.select_keys``:
+            ascending positions up to the token's own, all of them and then -1 if they are fewer.
+            The other arguments are those of ``mla_attention``.
+
+    Returns:
+        [num_tokens, num_heads, v], dtype of ``q_nope``. A token at a position below top_k has the
+        result of ``mla_attention``: bit by bit in the torch body, and in the Triton body if its
+        sequence has no more than top_k tokens. Promises about batches are those of
+        ``mla_attention``.
+    """
+    num_tokens, num_heads, nope = q_nope.shape
+    rank, top_k = kv_b_weight.shape[2], selected.shape[1]
+    if num_tokens == 0:
+        return q_nope.new_empty((0, num_heads, kv_b_weight.shape[1] - nope))
+    if use_triton(q_nope):
+        return _launch_sparse(q_nope, q_pe, latent_cache, kv_b_weight, batch, scale, selected)
+    q = torch.cat((absorb(q_nope, kv_b_weight), q_pe), dim=-1).float() * scale
+    attended = q.new_empty((num_tokens, num_heads, rank))
+    is_dense = batch.positions < top_k
+    if bool(is_dense.any()):
+        attended[is_dense] = _attend_all(q[is_dense], latent_cache, rank, _first(batch, top_k))
+    seq_ids = torch.bucketize(torch.arange(num_tokens), batch.cu_seqlens_q[1:], right=True)
     pages = latent_cache.unsqueeze(2)  # [num_pages, page_size, 1, rank + rope]
     page_size = latent_cache.shape[1]
-    q_latent = absorb(q_nope, kv_b_weight)
-    q = torch.cat((q_latent, q_pe), dim=-1).float() * scale  # [num_tokens, num_heads, rank + rope]
-    attended = q.new_empty((num_tokens, num_heads, rank))
+    sparse_rows = (~is_dense).nonzero()[:, 0]
+    at_once = max(MAX_GATHERED_ROWS // top_k, 1)
+    for start in range(0, len(sparse_rows), at_once):
+        rows = sparse_rows[start : start + at_once]
+        positions = selected[rows].long()  # [num_rows, top_k]
+        ids = batch.block_table[seq_ids[rows]].gather(1, positions // page_size)
+        slots = ids.long() * page_size + positions % page_size
+        latents = gather_heads(pages, slots, range(1))  # [num_rows, 1, top_k, rank + rope]
+        lens = torch.full((len(rows),), top_k)
+        attended[rows] = attend_decodes(q[rows], latents, latents[..., :rank], lens)
+    return expand_values(attended.to(q_nope.dtype), kv_b_weight[:, nope:])
+
+
+def _attend_all(q: Tensor, latent_cache: Tensor, rank: int, batch: PagedBatch) -> Tensor:
+    """Attended latents [num_tokens, num_heads, rank] of scaled [..., rank + rope], all in fp32."""
+    pages = latent_cache.unsqueeze(2)  # [num_pages, page_size, 1, rank + rope]
+    page_size = latent_cache.shape[1]
+    attended = q.new_empty((*q.shape[:2], rank))
     for seqs in decode_groups(batch):
         slots, lens = gathered_slots(batch, seqs, page_size)
         latents = gather_heads(pages, slots, range(1))  # [num_seqs, 1, num_keys, rank + rope]
@@ -80,7 +140,26 @@ def mla_attention(
         latents = gather_heads(pages, slots, range(1))[0]  # [1, num_keys, rank + rope]
         first = int(batch.positions[rows.start])
         attended[rows] = attend_chunk(q[rows], latents, latents[..., :rank], first)
-    return expand_values(attended.to(q_nope.dtype), kv_b_weight[:, nope:])
+    return attended
+
+
+def _first(batch: PagedBatch, num_positions: int) -> PagedBatch:
+    """The step of those tokens of ``batch`` whose position is below ``num_positions``."""
+    kept = batch.positions < num_positions
+    counts = torch.cat((torch.zeros(1, dtype=torch.int64), kept.cumsum(0)))
+    counts = counts[batch.cu_seqlens_q.long()].diff()  # [num_seqs], tokens kept
+    seqs = counts.nonzero()[:, 0]
+    counts, context_lens = counts[seqs], batch.context_lens[seqs].clamp(max=num_positions)
+    return PagedBatch(
+        positions=batch.positions[kept],
+        slot_mapping=batch.slot_mapping[kept],
+        cu_seqlens_q=torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32),
+        context_lens=context_lens,
+        block_table=batch.block_table[seqs],
+        num_decodes=int((seqs < batch.num_decodes).sum()),
+        max_query_len=int(counts.max()),
+        max_context_len=int(context_lens.max()),
+    )
 
 
 def absorb(q_nope: Tensor, kv_b_weight: Tensor) -> Tensor:
@@ -110,54 +189,113 @@ def _launch(
     scale: float,
 ) -> Tensor:
     num_tokens, num_heads, nope = q_nope.shape
-    num_decodes, num_seqs = batch.num_decodes, batch.num_seqs
-    rank, rope = kv_b_weight.shape[2], q_pe.shape[2]
     v_head_dim = kv_b_weight.shape[1] - nope
-    bound = max_expanded_context(num_heads, nope, rope, v_head_dim)
-    has_long = num_decodes < num_seqs and batch.max_context_len > bound
-    num_absorbed = num_tokens if has_long else num_decodes
+    bound = max_expanded_context(num_heads, nope, q_pe.shape[2], v_head_dim)
+    has_long = batch.num_decodes < batch.num_seqs and batch.max_context_len > bound
+    num_absorbed = num_tokens if has_long else batch.num_decodes
     out = q_nope.new_empty((num_tokens, num_heads, v_head_dim))
     if num_absorbed:
-        pages = latent_cache.unsqueeze(2)  # [num_pages, page_size, 1, rank + rope]
-        heads = attention_triton.PagedHeads(
-            q=absorb(q_nope[:num_absorbed], kv_b_weight),
-            q_tail=q_pe,
-            k=pages,
-            k_tail=pages[..., rank:],
-            v=None,
-            block_table=batch.block_table,
-        )
-        shape = latent_shape(num_heads, rank, rope)
-        attended = torch.empty((num_absorbed, num_heads, rank), dtype=out.dtype, device=out.device)
-        if num_decodes:
-            attention_triton.attend_decodes(heads, shape, batch, scale, attended)
-        if has_long:
-            attention_triton.attend_chunks(
-                heads,
-                shape,
-                batch,
-                scale,
-                attended,
-                range(num_decodes, num_seqs),
-                range(bound + 1, attention_triton.NO_LIMIT),
-            )
+        heads = _absorbed_heads(q_nope[:num_absorbed], q_pe, latent_cache, kv_b_weight, batch)
+        attended = q_nope.new_empty(heads.q.shape)  # [num_absorbed, num_heads, rank]
+        _attend_absorbed(heads, batch, scale, bound, attended)
         out[:num_absorbed] = expand_values(attended, kv_b_weight[:, nope:])
+    _attend_expanded(q_nope, q_pe, latent_cache, kv_b_weight, batch, scale, bound, out)
+    return out
+
+
+def _launch_sparse(
+    q_nope: Tensor,
+    q_pe: Tensor,
+    latent_cache: Tensor,
+    kv_b_weight: Tensor,
+    batch: PagedBatch,
+    scale: float,
+    selected: Tensor,
+) -> Tensor:
+    num_heads, nope = q_nope.shape[1:]
+    v_head_dim = kv_b_weight.shape[1] - nope
+    top_k = selected.shape[1]
+    bound = max_expanded_context(num_heads, nope, q_pe.shape[2], v_head_dim)
+    heads = _absorbed_heads(q_nope, q_pe, latent_cache, kv_b_weight, batch)
+    shape = latent_shape(num_heads, kv_b_weight.shape[2], q_pe.shape[2])
+    attended = q_nope.new_empty(heads.q.shape)  # [num_tokens, num_heads, rank]
+    # to the dense kernels a sequence that is attended sparsely has no context: they skip it
+    dense = replace(
+        batch,
+        context_lens=torch.where(batch.context_lens > top_k, 0, batch.context_lens),
+        max_context_len=min(batch.max_context_len, top_k),
+    )
+    # a sequence alone is dense or sparse as a whole, which the host knows
+    has_dense = batch.num_seqs > 1 or batch.max_context_len <= top_k
+    if has_dense:
+        _attend_absorbed(heads, dense, scale, bound, attended)
+    sparse_mla_triton.attend_selected(heads, shape, batch, scale, selected, attended)
+    out = expand_values(attended, kv_b_weight[:, nope:]).contiguous()
+    if has_dense:
+        _attend_expanded(q_nope, q_pe, latent_cache, kv_b_weight, dense, scale, bound, out)
+    return out
+
+
+def _absorbed_heads(
+    q_nope: Tensor, q_pe: Tensor, latent_cache: Tensor, kv_b_weight: Tensor, batch: PagedBatch
+) -> attention_triton.PagedHeads:
+    pages = latent_cache.unsqueeze(2)  # [num_pages, page_size, 1, rank + rope]
+    return attention_triton.PagedHeads(
+        q=absorb(q_nope, kv_b_weight),
+        q_tail=q_pe,
+        k=pages,
+        k_tail=pages[..., kv_b_weight.shape[2] :],
+        v=None,
+        block_table=batch.block_table,
+    )
+
+
+def _attend_absorbed(
+    heads: attention_triton.PagedHeads,
+    batch: PagedBatch,
+    scale: float,
+    bound: int,
+    attended: Tensor,
+) -> None:
+    """Rows of ``attended`` [num_tokens, num_heads, rank]: decodes, chunks of long contexts."""
+    num_decodes, num_seqs = batch.num_decodes, batch.num_seqs
+    num_heads, rank = heads.q.shape[1:]
+    shape = latent_shape(num_heads, rank, heads.k.shape[3] - rank)
+    if num_decodes:
+        attention_triton.attend_decodes(heads, shape, batch, scale, attended)
+    if num_decodes < num_seqs and batch.max_context_len > bound:
+        chunks = range(num_decodes, num_seqs)
+        contexts = range(bound + 1, attention_triton.NO_LIMIT)
+        attention_triton.attend_chunks(heads, shape, batch, scale, attended, chunks, contexts)
+
+
+def _attend_expanded(
+    q_nope: Tensor,
+    q_pe: Tensor,
+    latent_cache: Tensor,
+    kv_b_weight: Tensor,
+    batch: PagedBatch,
+    scale: float,
+    bound: int,
+    out: Tensor,
+) -> None:
+    """Rows of ``out`` [num_tokens, num_heads, v] of chunks with a context of at most ``bound``."""
     page_size = latent_cache.shape[1]
+    width = q_nope.shape[2] + q_pe.shape[2]
     num_pages = -(-min(batch.max_context_len, bound) // page_size)  # of a sequence, at most
     seqs_at_a_time = max(bound // (num_pages * page_size), 1)
-    for first in range(num_decodes, num_seqs, seqs_at_a_time):
-        seqs = range(first, min(first + seqs_at_a_time, num_seqs))
+    for first in range(batch.num_decodes, batch.num_seqs, seqs_at_a_time):
+        seqs = range(first, min(first + seqs_at_a_time, batch.num_seqs))
         heads = _expand(q_nope, q_pe, latent_cache, kv_b_weight, batch, seqs, num_pages)
         attention_triton.attend_chunks(
             heads,
-            attention_triton.head_shape(1, nope + rope, v_head_dim),
+            attention_triton.head_shape(1, width, out.shape[2]),
             batch,
             scale,
             out,
             seqs,
             range(1, bound + 1),
         )
-    return out
 
 
 def latent_shape(num_heads: int, rank: int, rope: int) -> attention_triton.HeadShape:

@@ -1,4 +1,4 @@
-"""Mixture of experts: the router of DeepSeek-V3 and the product with the chosen experts.
+"""Mixture of experts: the routers and the product with the chosen experts.
 
     x [num_tokens, hidden]                             router_logits [num_tokens, num_experts]
     gate_up [num_experts, 2 * intermediate, hidden]    expert_ids, expert_weights [num_tokens, k]
@@ -9,19 +9,31 @@
 A *slot* is one (token, j) pair, numbered t * k + j. Slots are sorted by expert and each expert's
 group is padded to whole row blocks, so every expert is one dense product and a row's bits do not
 depend on how many neighbours chose the same expert. The sum over j runs in slot order, in fp32.
+
+FP8 weights (``kernels.quant``) are decoded inside the product. The torch body decodes the experts
+that are hit, as many at a time as fit in a fixed number of bytes.
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels import moe_triton
+from kernels import moe_route_triton, moe_triton
 from kernels.activation import silu_and_mul
 from kernels.dispatch import use_triton
 from kernels.linear import row_group
+from kernels.quant import (
+    MAX_DECODED_BYTES,
+    Fp8Weight,
+    dequantize_activations,
+    dequantize_weight,
+    quantize_activations,
+)
 
 _GROUP_TOP = 2  # a group of experts is scored by the sum of its two best
 
@@ -56,7 +68,7 @@ def route_noaux_tc(
     """
     num_tokens, num_experts = router_logits.shape
     if use_triton(router_logits) and num_tokens > 0:
-        return moe_triton.route_noaux_tc(
+        return moe_route_triton.route_noaux_tc(
             router_logits,
             correction_bias,
             top_k,
@@ -70,20 +82,67 @@ def route_noaux_tc(
     if top_groups < num_groups:
         grouped = choice.view(num_tokens, num_groups, num_experts // num_groups)
         best = grouped.topk(min(_GROUP_TOP, grouped.shape[-1]), dim=-1).values
-        group_scores = best.sum(dim=-1)  # [num_tokens, num_groups]
-        kept = group_scores.sort(dim=-1, descending=True, stable=True).indices[:, :top_groups]
-        dropped = torch.ones_like(group_scores, dtype=torch.bool).scatter_(1, kept, False)
+        dropped = _dropped_groups(best.sum(dim=-1), top_groups)
         choice = grouped.masked_fill(dropped.unsqueeze(-1), float("-inf")).flatten(1)
-    # stable: among equal choices the lowest id comes first, which topk does not promise
-    expert_ids = choice.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    expert_ids = _best(choice, top_k)
     weights = scores.gather(1, expert_ids)
     if renormalize:
         weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
     return expert_ids, weights * scaling_factor
 
 
+def route_softmax(
+    router_logits: Tensor, top_k: int, num_groups: int, top_groups: int, scaling_factor: float
+) -> tuple[Tensor, Tensor]:
+    """Choose each token's experts by the rule of DeepSeekMoE and V2.
+
+    scores = softmax(logits) over all experts (arXiv:2401.06066, section 3); the ``top_groups``
+    groups with the largest best score stay, the scores of the others become 0 (arXiv:2405.04434,
+    section 2.1.2); the ``top_k`` largest are taken and not renormalized. With one group of all
+    experts this is the rule of DeepSeekMoE and V2-Lite.
+
+    Args:
+        router_logits: [num_tokens, num_experts] fp32.
+        top_k: experts per token, at most num_experts / num_groups * top_groups.
+        num_groups: divides num_experts.
+        top_groups: groups that stay, at most num_groups.
+        scaling_factor: multiplies the weights.
+
+    Returns:
+        expert_ids [num_tokens, top_k] int64, best first, lowest id first among equals, and
+        expert_weights [num_tokens, top_k] fp32.
+    """
+    num_tokens, num_experts = router_logits.shape
+    if use_triton(router_logits) and num_tokens > 0:
+        return moe_route_triton.route_softmax(
+            router_logits, top_k, num_groups, top_groups, scaling_factor
+        )
+    scores = router_logits.softmax(dim=-1)  # row by row: the same bits at any place in a tensor
+    if top_groups < num_groups:
+        grouped = scores.view(num_tokens, num_groups, num_experts // num_groups)
+        dropped = _dropped_groups(grouped.amax(dim=-1), top_groups)
+        scores = grouped.masked_fill(dropped.unsqueeze(-1), 0.0).flatten(1)
+    expert_ids = _best(scores, top_k)
+    return expert_ids, scores.gather(1, expert_ids) * scaling_factor
+
+
+def _best(scores: Tensor, count: int) -> Tensor:
+    """Columns of the ``count`` largest, the lowest first among equals, which topk does not keep."""
+    return scores.sort(dim=-1, descending=True, stable=True).indices[:, :count]
+
+
+def _dropped_groups(group_scores: Tensor, top_groups: int) -> Tensor:
+    """True for each of [num_tokens, num_groups] that is not among its token's best."""
+    dropped = torch.ones_like(group_scores, dtype=torch.bool)
+    return dropped.scatter_(1, _best(group_scores, top_groups), False)
+
+
 def moe_experts(
-    x: Tensor, expert_ids: Tensor, expert_weights: Tensor, gate_up: Tensor, down: Tensor
+    x: Tensor,
+    expert_ids: Tensor,
+    expert_weights: Tensor,
+    gate_up: Tensor | Fp8Weight,
+    down: Tensor | Fp8Weight,
 ) -> Tensor:
     """Apply each token's experts and add up their weighted outputs.
 
@@ -91,11 +150,14 @@ def moe_experts(
         x: [num_tokens, hidden_size], any float dtype.
         expert_ids: [num_tokens, k] int64.
         expert_weights: [num_tokens, k] fp32.
-        gate_up: [num_experts, 2 * intermediate_size, hidden_size], gate first, dtype of ``x``.
-        down: [num_experts, hidden_size, intermediate_size], dtype of ``x``.
+        gate_up: [num_experts, 2 * intermediate_size, hidden_size], gate first, dtype of ``x``; or
+            as many matrices in FP8.
+        down: [num_experts, hidden_size, intermediate_size], dtype of ``x``, or FP8. Weights that
+            say W8A8 have their input quantized: ``x``, and what the gate lets through.
 
     Returns:
-        [num_tokens, hidden_size] in the dtype of ``x``; a row has the same bits in any batch.
+        [num_tokens, hidden_size] in the dtype of ``x``; a row has the same bits in any batch, on
+        a CPU for a fixed number of threads.
     """
     if x.shape[0] == 0:
         return x.new_empty(x.shape)
@@ -105,31 +167,49 @@ def moe_experts(
 
 
 def _moe_experts_torch(
-    x: Tensor, expert_ids: Tensor, expert_weights: Tensor, gate_up: Tensor, down: Tensor
+    x: Tensor,
+    expert_ids: Tensor,
+    expert_weights: Tensor,
+    gate_up: Tensor | Fp8Weight,
+    down: Tensor | Fp8Weight,
 ) -> Tensor:
     num_tokens, top_k = expert_ids.shape
-    group = row_group(x.dtype)
-    if num_tokens == 1:
+    group = max(row_group(x.dtype), row_group(_product_dtype(x.dtype, gate_up, down)))
+    if num_tokens == 1 and isinstance(gate_up, Tensor) and isinstance(down, Tensor):
         outputs = _one_token_outputs(x, expert_ids[0].tolist(), gate_up, down, group)
         return (outputs * expert_weights.view(top_k, 1)).sum(dim=0, keepdim=True).to(x.dtype)
     slot_experts = expert_ids.flatten().numpy()
     order = np.argsort(slot_experts, kind="stable")
-    counts = np.bincount(slot_experts, minlength=gate_up.shape[0])
+    # the experts that are hit, ascending, and how often: all that follows is about these
+    hit, slot_hits, counts = np.unique(slot_experts, return_inverse=True, return_counts=True)
     padded_counts = -(-counts // group) * group
     ends = np.cumsum(padded_counts)
     # rows of an expert start at its padded offset; its slots keep their order
     shifts = (ends - padded_counts) - (np.cumsum(counts) - counts)
-    sorted_rows = np.arange(order.size) + shifts[slot_experts[order]]
+    sorted_rows = np.arange(order.size) + shifts[slot_hits[order]]
     row_tokens = np.zeros(int(ends[-1]), dtype=np.int64)
     row_tokens[sorted_rows] = order // top_k
     slot_rows = np.empty_like(order)
     slot_rows[order] = sorted_rows
 
-    rows = x[torch.from_numpy(row_tokens)]  # [num_padded_rows, hidden]
-    hidden = silu_and_mul(_grouped_linear(rows, gate_up, ends))
-    outputs = _grouped_linear(hidden, down, ends)[torch.from_numpy(slot_rows)]
-    outputs = outputs.view(num_tokens, top_k, -1)
+    rows = _rounded(x, gate_up)[torch.from_numpy(row_tokens)]  # [num_padded_rows, hidden]
+    hidden = silu_and_mul(_grouped_linear(rows, gate_up, hit, ends).to(x.dtype))
+    outputs = _grouped_linear(_rounded(hidden, down), down, hit, ends).to(x.dtype)
+    outputs = outputs[torch.from_numpy(slot_rows)].view(num_tokens, top_k, -1)
     return (outputs * expert_weights.unsqueeze(-1)).sum(dim=1).to(x.dtype)
+
+
+def _product_dtype(dtype: torch.dtype, *weights: Tensor | Fp8Weight) -> torch.dtype:
+    """What is multiplied: quantized activations are decoded to fp32, which holds them exactly."""
+    quantized = any(isinstance(w, Fp8Weight) and w.activations is not None for w in weights)
+    return torch.float32 if quantized else dtype
+
+
+def _rounded(x: Tensor, weight: Tensor | Fp8Weight) -> Tensor:
+    """The input of a product with ``weight``: for W8A8 quantized, and decoded again."""
+    if isinstance(weight, Tensor) or weight.activations is None:
+        return x
+    return dequantize_activations(*quantize_activations(x, weight.activations))
 
 
 def _one_token_outputs(
@@ -144,18 +224,49 @@ def _one_token_outputs(
     return torch.stack(outputs)
 
 
-def _grouped_linear(rows: Tensor, weights: Tensor, ends: np.ndarray) -> Tensor:
-    """Multiply rows [ends[e-1], ends[e]) by ``weights[e].T``."""
+def _grouped_linear(
+    rows: Tensor, weight: Tensor | Fp8Weight, hit: np.ndarray, ends: np.ndarray
+) -> Tensor:
+    """Multiply rows [ends[i-1], ends[i]) by the transposed matrix of expert ``hit[i]``."""
+    if isinstance(weight, Tensor):
+        return _grouped_product(rows, weight, hit, ends)
+    _, out_features, in_features = weight.values.shape
+    # decoding goes through fp32; an expert beyond the limit is cut at the same places every time
+    features_at_once = max(MAX_DECODED_BYTES // (4 * in_features), 1)
+    experts_at_once = max(features_at_once // out_features, 1)
+    out = rows.new_empty((rows.shape[0], out_features))
+    for first in range(0, hit.size, experts_at_once):
+        few = slice(first, first + experts_at_once)
+        expert_ids = torch.from_numpy(hit[few])
+        start, end = int(ends[first - 1]) if first else 0, int(ends[few][-1])
+        for feature in range(0, out_features, features_at_once):
+            features = slice(feature, feature + features_at_once)
+            part = Fp8Weight(
+                values=weight.values[:, features][expert_ids],
+                scale_inv=weight.scale_inv[expert_ids],
+                scale_rows=weight.scale_rows[features],
+            )
+            decoded = dequantize_weight(part, rows.dtype)
+            out[start:end, features] = _grouped_product(
+                rows[start:end], decoded, np.arange(expert_ids.numel()), ends[few] - start
+            )
+    return out
+
+
+def _grouped_product(rows: Tensor, weights: Tensor, hit: np.ndarray, ends: np.ndarray) -> Tensor:
+    """The same for decoded ``weights``; both ways give a row the same bits."""
     num_experts, _, in_features = weights.shape
     # grouped_mm refuses rows that do not start on 16 bytes and visits every expert, hit or not
     aligned = in_features * rows.element_size() % 16 == 0
-    if aligned and rows.shape[0] >= num_experts:
-        offsets = torch.from_numpy(ends.astype(np.int32))
+    if aligned and 2 * hit.size >= num_experts:
+        all_counts = np.zeros(num_experts, dtype=np.int32)
+        all_counts[hit] = np.diff(ends, prepend=0)
+        offsets = torch.from_numpy(np.cumsum(all_counts, dtype=np.int32))
         return functional.grouped_mm(rows, weights.transpose(1, 2), offs=offsets)
-    outputs = []
-    start = 0
-    for expert_id, end in enumerate(ends.tolist()):
-        if end > start:
-            outputs.append(functional.linear(rows[start:end], weights[expert_id]))
-        start = end
-    return torch.cat(outputs)
+    starts = [0, *ends.tolist()]
+    return torch.cat(
+        [
+            functional.linear(rows[start:end], weights[expert_id])
+            for expert_id, (start, end) in zip(hit.tolist(), pairwise(starts), strict=True)
+        ]
+    )

@@ -7,13 +7,12 @@ import torch
 
 from kernels.activation import SILU_CONFIG, silu_and_mul_kernel
 from kernels.compile import SHARED_MEMORY, KernelVariant, compile_variant
+from kernels.moe_route_triton import route_config, route_noaux_tc_kernel, route_softmax_kernel
 from kernels.moe_triton import (
     COMBINE_CONFIG,
     combine_kernel,
     grouped_linear_config,
     grouped_linear_kernel,
-    route_config,
-    route_noaux_tc_kernel,
 )
 from kernels.norm import rms_norm_config, rms_norm_kernel
 from kernels.sampling_triton import CONFIG, adjust_kernel, logprobs_kernel, sample_kernel
@@ -37,13 +36,18 @@ def silu_variant(name: str, size: int, dtype: torch.dtype) -> KernelVariant:
     return KernelVariant(f"silu_{name}", silu_and_mul_kernel, arguments, SILU_CONFIG)
 
 
-def route_variant(name: str, num_experts: int, groups: int, kept: int, top_k: int) -> KernelVariant:
+def route_variant(
+    name: str, num_experts: int, groups: int, kept: int, top_k: int, is_softmax: bool
+) -> KernelVariant:
     size = num_experts // groups
     arguments = {
-        **{"logits_ptr": FP32, "bias_ptr": FP32, "expert_ids_ptr": I64, "weights_ptr": FP32},
+        **{"logits_ptr": FP32, "expert_ids_ptr": I64, "weights_ptr": FP32},
         **{"group_size": size, "num_groups": groups, "top_groups": kept, "scaling_factor": 2.5},
     }
-    config = {"RENORMALIZE": True, **route_config(top_k, groups, size)}
+    config = route_config(top_k, groups, size)
+    if is_softmax:
+        return KernelVariant(f"route_{name}", route_softmax_kernel, arguments, config)
+    arguments, config = arguments | {"bias_ptr": FP32}, config | {"RENORMALIZE": True}
     return KernelVariant(f"route_{name}", route_noaux_tc_kernel, arguments, config)
 
 
@@ -112,10 +116,12 @@ VARIANTS = [
     norm_variant("tiny", 192, FP32, add=True),
     silu_variant("v3", 2048, BF16),
     silu_variant("tiny", 96, FP32),
-    route_variant("v3", 256, 8, 4, 8),
-    route_variant("v2", 160, 8, 3, 6),
-    route_variant("tiny", 8, 1, 1, 2),
+    route_variant("v3", 256, 8, 4, 8, is_softmax=False),
+    route_variant("tiny", 8, 1, 1, 2, is_softmax=False),
+    route_variant("v2", 160, 8, 3, 6, is_softmax=True),
+    route_variant("v2_lite", 64, 1, 1, 6, is_softmax=True),
     *experts_variants("v3", 256, 7168, 2048, 8, BF16),
+    *experts_variants("v2", 160, 5120, 1536, 6, BF16),
     *experts_variants("tiny", 8, 192, 96, 2, FP32),
     sample_variant("greedy", 129280, greedy=True, filters=False),
     sample_variant("plain", 129280, greedy=False, filters=False),
