@@ -25,6 +25,8 @@ from api.schemas import (
     parse_chat,
     sampling_params,
     template_messages,
+    template_variables,
+    thinking_wanted,
     unknown_fields,
 )
 from api.sse import DONE, KEEP_ALIVE, EventStream, frame, while_connected
@@ -63,7 +65,12 @@ async def chat_completions(request: Request) -> Response:
     messages = template_messages(chat)
     refuse_hopeless(state, messages)
     # A long prompt takes tens of milliseconds, in which other streams must go on.
-    prompt = await asyncio.to_thread(state.tokenizer.encode_chat, messages)
+    prompt = await asyncio.to_thread(
+        state.tokenizer.encode_chat,
+        messages,
+        thinking=thinking_wanted(chat),
+        variables=template_variables(chat),
+    )
     answer = Answer(
         model=model,
         system_fingerprint=state.system_fingerprint,

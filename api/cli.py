@@ -1,4 +1,4 @@
-"""The `fathom` command: serve, chat, keys, pull. Every mistake is one line and exit code 2."""
+"""The `fathom` command and its subcommands. Every mistake is one line and exit code 2."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from api.inspect_command import inspect_command
 from api.keys import KeyStore
-from api.serve import ServeOptions, serve_forever
 from api.terminal import describe, loading_bar, parse_bytes
 from api.terminal_chat import chat as run_chat
 from runtime import (
@@ -56,6 +56,26 @@ Model = Annotated[
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[
     str, typer.Option(help="auto, float32, bfloat16 or float16; auto follows the checkpoint.")
+]
+Quantization = Annotated[
+    str,
+    typer.Option(
+        help="auto (as the checkpoint is), fp8 (quantize at load) or none (decode FP8 at load)."
+    ),
+]
+Fp8Activations = Annotated[
+    str,
+    typer.Option(
+        help="Multiply in fp8 too (W8A8): on, off, or auto: if the checkpoint is made for it and "
+        "the GPU can."
+    ),
+]
+YarnAttnFactor = Annotated[
+    str,
+    typer.Option(
+        help="YaRN's attn_factor in config.json: follow the checkpoint, or ignore it as "
+        "transformers does."
+    ),
 ]
 MaxModelLen = Annotated[
     int | None,
@@ -104,6 +124,9 @@ def serve(
     ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    quantization: Quantization = "auto",
+    fp8_activations: Fp8Activations = "auto",
+    yarn_attn_factor: YarnAttnFactor = "checkpoint",
     max_model_len: MaxModelLen = None,
     max_num_seqs: Annotated[
         int | None,
@@ -133,10 +156,15 @@ def serve(
 
       fathom serve ./DeepSeek-R1-Distill-Llama-8B --max-model-len 32768 --port 9000
     """
+    from api.serve import ServeOptions, serve_forever  # the other commands need no web server
+
     config = EngineConfig(
         model=str(EMBEDDED_MODEL) if model is None else model,
         device=device,
         dtype=dtype,
+        quantization=quantization,
+        fp8_activations=fp8_activations,
+        yarn_attn_factor=yarn_attn_factor,
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         max_step_tokens=max_step_tokens,
@@ -160,6 +188,9 @@ def chat(
     ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    quantization: Quantization = "auto",
+    fp8_activations: Fp8Activations = "auto",
+    yarn_attn_factor: YarnAttnFactor = "checkpoint",
     max_model_len: MaxModelLen = None,
     kv_cache_memory: KvCacheMemory = None,
     threads: Threads = None,
@@ -169,6 +200,9 @@ def chat(
         model=str(EMBEDDED_MODEL) if model is None else model,
         device=device,
         dtype=dtype,
+        quantization=quantization,
+        fp8_activations=fp8_activations,
+        yarn_attn_factor=yarn_attn_factor,
         max_model_len=max_model_len,
         max_num_seqs=1,
         kv_cache_memory=_bytes(kv_cache_memory),
@@ -184,6 +218,9 @@ def chat(
         console.print(line, style="dim", markup=False)
     defaults = inspect_checkpoint(find_checkpoint(config.model)).generation
     run_chat(engine, defaults, console, temperature)
+
+
+app.command(name="inspect")(inspect_command)
 
 
 @app.command(name="pull")

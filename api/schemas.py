@@ -32,23 +32,21 @@ MAX_STOP_TOKEN_IDS = 1024
 PARTS = "<parts>"  # names of union branches; no JSON field is called so
 TEXT = "<text>"
 
+THINKING_VARIABLES = ("thinking", "enable_thinking")
+"""Names in chat templates for the switch: DeepSeek's and Qwen's."""
+
 IGNORED_FIELDS = frozenset(
     {
-        "chat_template_kwargs",
-        "enable_thinking",
         "include_reasoning",
         "metadata",
         "modalities",
         "parallel_tool_calls",
         "prediction",
         "prompt_cache_key",
-        "reasoning",
-        "reasoning_effort",
         "safety_identifier",
         "separate_reasoning",
         "service_tier",
         "store",
-        "thinking",
         "thinking_budget",
         "user",
         "user_id",
@@ -123,6 +121,7 @@ FAIL_FAST = Field(fail_fast=True)  # a list of a million mistakes is one mistake
 Number = Annotated[float, BeforeValidator(_number)]
 Integer = Annotated[int, BeforeValidator(_integer)]
 Strings = Annotated[list[str], FAIL_FAST, BeforeValidator(_list_of_one)]
+ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 ToolChoice = Annotated[Any, BeforeValidator(_text_or_object)]
 
 
@@ -157,6 +156,8 @@ class ToolCall(Body):
 class Message(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None  # vLLM's name for it
     name: str | None = None
     tool_calls: Annotated[list[ToolCall], FAIL_FAST] | None = None
     tool_call_id: str | None = None
@@ -164,6 +165,15 @@ class Message(Body):
 
 class ResponseFormat(Body):
     type: Literal["text", "json_object", "json_schema"]
+
+
+class Thinking(Body):
+    type: Literal["enabled", "disabled", "auto"]
+
+
+class Reasoning(Body):
+    enabled: bool | None = None
+    effort: ReasoningEffort | None = None
 
 
 class StreamOptions(Body):
@@ -200,6 +210,11 @@ class ChatRequest(Body):
     response_format: ResponseFormat | None = None
     tools: Annotated[list[dict[str, Any]], FAIL_FAST] | None = None
     tool_choice: ToolChoice | None = None
+    thinking: Thinking | None = None
+    enable_thinking: bool | None = None
+    reasoning: Reasoning | None = None
+    reasoning_effort: ReasoningEffort | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
     @property
     def num_choices(self) -> int:
@@ -235,6 +250,43 @@ def unknown_fields(body: Mapping[str, Any]) -> set[str]:
     return body.keys() - ChatRequest.model_fields.keys() - IGNORED_FIELDS
 
 
+def thinking_wanted(request: ChatRequest) -> bool | None:
+    """Whether the client wants a thought before the answer; None if it does not say.
+
+    Of several spellings the first counts: ``thinking``, ``enable_thinking``, ``reasoning``,
+    ``reasoning_effort``, and in ``chat_template_kwargs`` ``thinking`` or ``enable_thinking``.
+    Raises `BadRequest` for one of the last two that is no boolean.
+    """
+    if request.thinking is not None:
+        kind = request.thinking.type
+        return None if kind == "auto" else kind == "enabled"
+    reasoning = request.reasoning or Reasoning()
+    for switch in (request.enable_thinking, reasoning.enabled):
+        if switch is not None:
+            return switch
+    for effort in (reasoning.effort, request.reasoning_effort):
+        if effort is not None:
+            return effort != "none"
+    for name in THINKING_VARIABLES:
+        switch = (request.chat_template_kwargs or {}).get(name)
+        if switch is not None:
+            if not isinstance(switch, bool):
+                raise BadRequest(
+                    f"Invalid 'chat_template_kwargs.{name}': it must be true or false, got "
+                    f"{_show(switch)}.",
+                    param=f"chat_template_kwargs.{name}",
+                    code="invalid_type",
+                )
+            return switch
+    return None
+
+
+def template_variables(request: ChatRequest) -> dict[str, Any]:
+    """What else the client gives the chat template."""
+    variables = request.chat_template_kwargs or {}
+    return {name: variables[name] for name in variables if name not in THINKING_VARIABLES}
+
+
 def template_messages(request: ChatRequest) -> list[dict[str, Any]]:
     """The conversation as chat templates read it: ``content`` is text, absent keys are absent.
 
@@ -251,7 +303,9 @@ def template_messages(request: ChatRequest) -> list[dict[str, Any]]:
                 param=f"messages[{index}].content",
                 code="missing_required_parameter",
             )
-        fields = message.model_dump(exclude_none=True, exclude={"content"})
+        fields = message.model_dump(exclude_none=True, exclude={"content", "reasoning"})
+        if message.reasoning and not message.reasoning_content:
+            fields["reasoning_content"] = message.reasoning
         messages.append({**fields, "content": content})
     return messages
 

@@ -49,6 +49,11 @@ def format_bytes(count: int) -> str:
     return f"{value:.1f} TiB"
 
 
+def format_count(count: int) -> str:
+    """A number of parameters in millions or billions, as models are named after."""
+    return f"{count / 1e6:,.1f} M" if count < 10**9 else f"{count / 1e9:,.2f} B"
+
+
 @contextmanager
 def loading_bar(console: Console, name: str) -> Iterator[Callable[[int, int], None]]:
     """A progress bar over weight bytes: done, rate and time left."""
@@ -67,10 +72,11 @@ def loading_bar(console: Console, name: str) -> Iterator[Callable[[int, int], No
 def describe(info: EngineInfo, seconds: float) -> list[str]:
     """The start-up summary: what was loaded, where, and what it leaves room for."""
     capacity = info.num_pages * info.page_size
+    precision = info.dtype if info.quantization == "none" else f"{info.quantization}, {info.dtype}"
     return [
         f"model    {info.model}",
         f"         {info.architecture}, {info.num_parameters / 1e6:,.1f} M parameters, "
-        f"{info.dtype} ({format_bytes(info.weight_bytes)}), loaded in {seconds:.1f} s",
+        f"{precision} ({format_bytes(info.weight_bytes)}), loaded in {seconds:.1f} s",
         f"device   {info.device}",
         f"cache    {info.num_pages:,} pages of {info.page_size} tokens = {capacity:,} tokens "
         f"({format_bytes(info.kv_cache_bytes)})",

@@ -14,6 +14,14 @@ from runtime.errors import (
     QueueFull,
     RequestError,
 )
+from runtime.inspect_model import (
+    Gpu,
+    ModelReport,
+    context_left,
+    describe_model,
+    find_gpus,
+    imagine_gpu,
+)
 from runtime.process import EngineClient, Generation
 from runtime.request import (
     INT64_MAX,
@@ -46,7 +54,9 @@ __all__ = [
     "FinishReason",
     "Generation",
     "GenerationDefaults",
+    "Gpu",
     "ModelNotFound",
+    "ModelReport",
     "QueueFull",
     "RequestError",
     "SamplingParams",
@@ -55,7 +65,11 @@ __all__ = [
     "TokenEvent",
     "TokenLogprobs",
     "Tokenizer",
+    "context_left",
+    "describe_model",
     "find_checkpoint",
+    "find_gpus",
+    "imagine_gpu",
     "inspect_checkpoint",
     "pull",
 ]

@@ -6,35 +6,84 @@ bounds on what it can build: a template that breaks them fails the request, not 
 
 from __future__ import annotations
 
+import functools
 import json
+import re
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jinja2
 import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from runtime.config import is_there, one_line, read_file
 from runtime.errors import BadRequest, CheckpointError
 
 Message = dict[str, Any]
 """``role``, ``content`` (text or None) and whatever else the template reads."""
 
+RESERVED_VARIABLES = frozenset(
+    {
+        "add_generation_prompt",
+        "bos_token",
+        "chat_template",
+        "continue_final_message",
+        "documents",
+        "eos_token",
+        "messages",
+        "pad_token",
+        "raise_exception",
+        "range",
+        "strftime_now",
+        "tools",
+    }
+)
+"""Names of a template that a client cannot set through ``chat_template_kwargs``."""
+
 MAX_RENDERED_CHARS = 8_000_000
 MAX_RANGE_STEPS = 1_000_000  # over all range() calls of one rendering
+FORMATTING_METHODS = frozenset({"format", "format_map"})
+PADDING_METHODS = frozenset({"center", "expandtabs", "ljust", "rjust", "zfill"})
+PADDING_FILTERS = frozenset({"batch", "center", "format", "indent"})
 TEMPLATE_FILE = "chat_template.jinja"
+
+
+class ChatRenderer(Protocol):
+    """Makes one prompt of a conversation."""
+
+    def prepare(self, messages: Sequence[Message]) -> list[Message]:
+        """What `render` will read. Text that this uncovers, as of JSON in a text, is still a
+        client's: the caller looks for control tokens in it after this. Raises `BadRequest`.
+        """
+
+    def render(self, messages: Sequence[Message], **variables: Any) -> str:
+        """The prompt. Raises `BadRequest` if the conversation has none."""
 
 
 class _Environment(ImmutableSandboxedEnvironment):
     """Refuses the operators that build something huge from something small."""
 
-    intercepted_binops = frozenset({"+", "*", "**"})
+    intercepted_binops = frozenset({"+", "*", "**", "%"})
+
+    def call(self, context: Context, called: Any, /, *args: Any, **kwargs: Any) -> Any:
+        method = getattr(called, "__wrapped__", called)  # jinja wraps str.format
+        text, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
+        if isinstance(text, str) and name in FORMATTING_METHODS:
+            _require_narrow(text)
+        if isinstance(text, str) and name in PADDING_METHODS:
+            _require_small(text, *args, *kwargs.values())
+        return super().call(context, called, *args, **kwargs)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         if operator == "**":
             raise jinja2.TemplateError("** is not available in a chat template")
+        if operator == "%":
+            _require_narrow(left)
         size = max(_num_items(left), _num_items(right))
         if operator == "*":  # a sequence repeated by a number
             size *= max((abs(n) for n in (left, right) if isinstance(n, int)), default=1)
@@ -43,8 +92,46 @@ class _Environment(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
 
+class _GenerationTag(jinja2.ext.Extension):
+    """``{% generation %}`` marks an assistant's text for training; a prompt is the text inside."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja asks for a set
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 def _num_items(value: Any) -> int:
     return len(value) if isinstance(value, str | list | tuple) else 0
+
+
+def _require_narrow(form: Any) -> None:
+    """Refuses to format what is padded to something huge."""
+    if isinstance(form, str) and re.search(r"\d{7}|%[-+ #0]*\*", form):
+        raise jinja2.TemplateError("a format that pads to millions of characters")
+
+
+def _require_small(value: Any, *widths: Any) -> None:
+    """Refuses to pad ``value``, or each of its lines or items, to something huge."""
+    width = max((abs(n) for n in widths if isinstance(n, int)), default=0)
+    if width * max(_num_items(value), 1) > MAX_RENDERED_CHARS:
+        raise jinja2.TemplateError(f"padded to more than {MAX_RENDERED_CHARS} characters")
+
+
+def _bounded(name: str, apply: Callable[..., Any]) -> Callable[..., Any]:
+    """The filter, which then builds nothing huge."""
+
+    @functools.wraps(apply)
+    def bounded(*args: Any, **kwargs: Any) -> Any:
+        if name == "format":
+            _require_narrow(args[0])
+        else:
+            value = next((arg for arg in args if isinstance(arg, str | list | tuple)), None)
+            _require_small(value, *args, *kwargs.values())
+        return apply(*args, **kwargs)
+
+    return bounded
 
 
 class ChatTemplate:
@@ -53,22 +140,46 @@ class ChatTemplate:
     def __init__(self, source: str, special_tokens: dict[str, str], where: str) -> None:
         """Raises `CheckpointError` with ``where`` and the line of what does not compile."""
         environment = _Environment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[jinja2.ext.loopcontrols, _GenerationTag],
         )
         environment.filters["tojson"] = _to_json
+        environment.filters |= {
+            name: _bounded(name, environment.filters[name]) for name in PADDING_FILTERS
+        }
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         self._special_tokens = special_tokens
         try:
             self._template = environment.from_string(source)
         except jinja2.TemplateSyntaxError as error:
-            why = f"line {error.lineno}: {error.message}"
+            why = f"line {error.lineno}: {one_line(error.message or '')}"
             raise CheckpointError(f"{where}: chat template: {why}") from None
-        except RecursionError:
+        except (RecursionError, MemoryError):
             raise CheckpointError(f"{where}: chat template: nested too deeply") from None
+        except (SyntaxError, ValueError) as error:  # of the Python that jinja makes of it
+            why = one_line(getattr(error, "msg", None) or str(error))
+            raise CheckpointError(f"{where}: chat template: {why}") from None
+
+    def prepare(self, messages: Sequence[Message]) -> list[Message]:
+        """A template reads messages as they are."""
+        return list(messages)
 
     def render(self, messages: Sequence[Message], **variables: Any) -> str:
-        """The prompt. Raises `BadRequest` (``template_error``) with the template's complaint."""
+        """The prompt. Raises `BadRequest` (``template_error``) with the template's complaint.
+
+        Some templates want no content as None and some as "": where None fails, "" is tried.
+        """
+        try:
+            return self._render(messages, variables)
+        except BadRequest:
+            if all(message.get("content") is not None for message in messages):
+                raise
+        filled = [message | {"content": message.get("content") or ""} for message in messages]
+        return self._render(filled, variables)
+
+    def _render(self, messages: Sequence[Message], variables: dict[str, Any]) -> str:
         names = self._special_tokens | {"tools": None, "documents": None} | variables
         names |= {"messages": list(messages), "range": _bounded_range()}
         parts: list[str] = []
@@ -96,10 +207,10 @@ def find_template(folder: Path, tokenizer_config: dict[str, Any]) -> tuple[str, 
     there, the one called ``default`` is taken. Raises `CheckpointError` if it cannot be read.
     """
     path = folder / TEMPLATE_FILE
-    if path.exists():
+    if is_there(path):
         try:
-            return path.read_text(encoding="utf-8"), str(path)
-        except (OSError, UnicodeDecodeError) as error:
+            return read_file(path).decode(), str(path)
+        except UnicodeDecodeError as error:
             raise CheckpointError(f"{path}: {error}") from None
     where = str(folder / "tokenizer_config.json")
     value = tokenizer_config.get("chat_template")

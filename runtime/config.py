@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 
+from kernels.quant import ActivationScale
 from runtime.errors import CheckpointError
 
 MAX_JSON_BYTES = 64 << 20
@@ -25,24 +27,47 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 _MISSING = object()
 
 
+def is_there(path: Path) -> bool:
+    """Whether the folder has an entry of this name; a link to nothing is one, and not absent."""
+    return path.is_symlink() or path.exists()
+
+
+def file_size(path: Path) -> int:
+    """Bytes of a file. Raises `CheckpointError`, also for a pipe or device, which never ends."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror or error}") from None
+    if stat.S_ISDIR(status.st_mode):
+        raise CheckpointError(f"{path}: is a directory")
+    if not stat.S_ISREG(status.st_mode):
+        raise CheckpointError(f"{path}: not a regular file")
+    return status.st_size
+
+
+def read_file(path: Path, max_bytes: int = MAX_JSON_BYTES) -> bytes:
+    """The bytes of a file. Raises `CheckpointError` if it is no file, unreadable or too large."""
+    if file_size(path) > max_bytes:
+        raise CheckpointError(f"{path}: larger than {max_bytes} bytes")
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror or error}") from None
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in ``path``.
 
     Raises `CheckpointError` naming the file if it is missing, unreadable, empty, too large, not
     JSON (NaN and Infinity are not), or not an object.
     """
-    try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise CheckpointError(f"{path}: larger than {MAX_JSON_BYTES} bytes")
-        data = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror or error}") from None
+    data = read_file(path)
     if not data.strip():
         raise CheckpointError(f"{path}: the file is empty")
     try:
         value = json.loads(data, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid JSON: {_one_line(str(error))}") from None
+        raise CheckpointError(f"{path}: not valid JSON: {one_line(str(error))}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: holds a JSON {type(value).__name__}, not an object")
     return value
@@ -52,9 +77,12 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a JSON number")
 
 
-def _one_line(text: str, limit: int = 200) -> str:
+def one_line(text: str, limit: int = 200) -> str:
+    """A stranger's text, fit for a message: one line, and nothing in it steers a terminal."""
     line = " ".join(text.split())
-    return line if len(line) <= limit else f"{line[:limit]}…"
+    if len(line) > limit:
+        line = f"{line[:limit]}…"
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)
 
 
 class Fields:
@@ -85,7 +113,7 @@ class Fields:
     def integer(self, key: str, default: Any = _MISSING, *, low: int = 1, high: int) -> int:
         value = self.raw(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise self.error(key, f"{_show(value)} is not an integer from {low} to {high}")
+            raise self.error(key, f"{show(value)} is not an integer from {low} to {high}")
         return value
 
     def number(self, key: str, default: Any = _MISSING, *, low: float, high: float) -> float:
@@ -95,26 +123,26 @@ class Fields:
             or not isinstance(value, int | float)
             or not low <= value <= high
         ):
-            raise self.error(key, f"{_show(value)} is not a number from {low:g} to {high:g}")
+            raise self.error(key, f"{show(value)} is not a number from {low:g} to {high:g}")
         return float(value)
 
     def boolean(self, key: str, default: Any = _MISSING) -> bool:
         value = self.raw(key, default)
         if not isinstance(value, bool):
-            raise self.error(key, f"{_show(value)} is not true or false")
+            raise self.error(key, f"{show(value)} is not true or false")
         return value
 
     def choice(self, key: str, allowed: tuple[str, ...], default: Any = _MISSING) -> str:
         value = self.raw(key, default)
         if value not in allowed:
-            raise self.error(key, f"{_show(value)} is not supported (only {', '.join(allowed)})")
+            raise self.error(key, f"{show(value)} is not supported (only {', '.join(allowed)})")
         return str(value)
 
     def object(self, key: str) -> Fields:
         """The nested object under ``key``, empty if absent."""
         value = self.raw(key, {})
         if not isinstance(value, dict):
-            raise self.error(key, f"{_show(value)} is not an object")
+            raise self.error(key, f"{show(value)} is not an object")
         return Fields(value, f"{self.where}: {key}")
 
     def token_ids(self, key: str, vocab_size: int) -> tuple[int, ...]:
@@ -123,14 +151,18 @@ class Fields:
         ids = list(value) if isinstance(value, list | tuple) else [value]
         for token_id in ids:
             if isinstance(token_id, bool) or not isinstance(token_id, int):
-                raise self.error(key, f"{_show(token_id)} is not a token id")
+                raise self.error(key, f"{show(token_id)} is not a token id")
             if not 0 <= token_id < vocab_size:
                 raise self.error(key, f"{token_id} is outside the vocabulary of {vocab_size}")
         return tuple(ids)
 
 
-def _show(value: object) -> str:
-    return _one_line(json.dumps(value, ensure_ascii=False, default=repr), limit=60)
+def show(value: object) -> str:
+    """A value of a JSON file, fit for a message."""
+    try:
+        return one_line(json.dumps(value, ensure_ascii=False, default=repr), limit=60)
+    except RecursionError:
+        return f"a deeply nested {type(value).__name__}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +186,7 @@ def parse_rope(config: Fields, max_position: int) -> RopeConfig:
     key = "rope_parameters" if config.has("rope_parameters") else "rope_scaling"
     rope = config.object(key)
     source = rope if rope.has("rope_theta") else config
-    theta = source.number("rope_theta", 10000.0, low=1.0, high=1e12)
+    theta = source.number("rope_theta", 10000.0, low=2.0, high=1e12)
     kind_key = "rope_type" if rope.has("rope_type") else "type"
     kind = rope.choice(kind_key, ("default", "linear", "llama3", "yarn"), "default")
     if rope.raw("partial_rotary_factor", 1.0) != 1.0 or config.raw("partial_rotary_factor", 1) != 1:
@@ -175,9 +207,8 @@ def parse_rope(config: Fields, max_position: int) -> RopeConfig:
 
 
 def _parse_yarn(rope: Fields, theta: float, original: int, max_position: int) -> RopeConfig:
-    for key in ("attn_factor", "truncate"):
-        if rope.has(key) and rope.raw(key) is not True:
-            raise rope.error(key, "not supported by this version")
+    if not rope.boolean("truncate", True):
+        raise rope.error("truncate", "false is not supported")
     factor = rope.number("factor", max(max_position / original, 1.0), low=1.0, high=1e6)
     mscale = rope.number("mscale", 0.0, low=0.0, high=100.0)
     mscale_all_dim = rope.number("mscale_all_dim", 0.0, low=0.0, high=100.0)
@@ -185,20 +216,63 @@ def _parse_yarn(rope: Fields, theta: float, original: int, max_position: int) ->
         attention_factor = _yarn_mscale(factor, mscale) / _yarn_mscale(factor, mscale_all_dim)
     else:
         attention_factor = _yarn_mscale(factor, 1.0)
+    attention_factor = rope.number("attention_factor", attention_factor, low=1e-3, high=1e3)
+    # R1-0528-Qwen3-8B: the factor of its own cancels YaRN's exactly (0.8782 * 1.1386 = 1)
+    attn_factor = rope.number("attn_factor", 1.0, low=1e-3, high=1e3)
+    beta_fast = rope.number("beta_fast", 32.0, low=1e-3, high=1e6)
+    beta_slow = rope.number("beta_slow", 1.0, low=1e-3, high=1e6)
+    if beta_fast < beta_slow:
+        raise rope.error("beta_fast", f"{beta_fast:g} is below beta_slow {beta_slow:g}")
     return RopeConfig(
         kind="yarn",
         theta=theta,
         factor=factor,
         original_max_position=original,
-        beta_fast=rope.number("beta_fast", 32.0, low=1e-3, high=1e6),
-        beta_slow=rope.number("beta_slow", 1.0, low=1e-3, high=1e6),
+        beta_fast=beta_fast,
+        beta_slow=beta_slow,
         mscale_all_dim=mscale_all_dim,
-        attention_factor=rope.number("attention_factor", attention_factor, low=1e-3, high=1e3),
+        attention_factor=attention_factor * attn_factor,
     )
 
 
 def _yarn_mscale(factor: float, mscale: float) -> float:
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def without_attn_factor(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json's object without ``attn_factor``, a key of YaRN that transformers ignores."""
+
+    def strip(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {key: entry for key, entry in value.items() if key != "attn_factor"}
+
+    return {
+        key: strip(value) if key in ("rope_scaling", "rope_parameters") else value
+        for key, value in config.items()
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Fp8Checkpoint:
+    """Matrices stored as e4m3 in blocks of 128 x 128, as DeepSeek-V3 to V3.2 are."""
+
+    activation_scale: ActivationScale  # how scales of activations are meant to be rounded
+
+
+def parse_quantization(config: Fields) -> Fp8Checkpoint | None:
+    """The quantization config.json declares, None for none. Raises `CheckpointError`."""
+    if not config.has("quantization_config"):
+        return None
+    quantization = config.object("quantization_config")
+    quantization.choice("quant_method", ("fp8",))
+    quantization.choice("fmt", ("e4m3",), "e4m3")
+    quantization.choice("activation_scheme", ("dynamic",), "dynamic")
+    block = quantization.raw("weight_block_size")
+    if block != [128, 128]:
+        raise quantization.error("weight_block_size", f"{show(block)} is not [128, 128]")
+    ue8m0 = quantization.choice("scale_fmt", ("float32", "ue8m0"), "float32") == "ue8m0"
+    return Fp8Checkpoint("ue8m0" if ue8m0 else "float32")
 
 
 def parse_dtype(config: Fields) -> torch.dtype | None:
@@ -223,7 +297,7 @@ class GenerationDefaults:
     def load(cls, folder: Path, vocab_size: int) -> GenerationDefaults:
         """From the folder's generation_config.json; all None if there is no such file."""
         path = folder / "generation_config.json"
-        if not path.exists():
+        if not is_there(path):
             return cls()
         fields = Fields(read_json(path), str(path))
 

@@ -16,6 +16,7 @@ import torch
 from runtime.admission import admit
 from runtime.engine_config import EngineConfig, EngineInfo, resolve_pages
 from runtime.errors import ConfigError
+from runtime.models.layers import Fp8Format
 from runtime.request import FinishReason, SamplingParams, TokenEvent, TokenLogprobs
 from runtime.runner import ModelRunner
 from runtime.scheduler import Plan, SampledToken, Scheduler
@@ -27,6 +28,7 @@ from runtime.weights import (
     find_checkpoint,
     inspect_checkpoint,
     load_weights,
+    weight_bytes,
 )
 
 Progress = Callable[[int, int], None]
@@ -82,13 +84,17 @@ class Engine:
         if device.type == "cuda":
             torch.cuda.set_device(device)  # Triton launches on the current device
         folder = find_checkpoint(config.model)
-        checkpoint = inspect_checkpoint(folder)
+        checkpoint = inspect_checkpoint(
+            folder, ignore_attn_factor=config.yarn_attn_factor == "ignore"
+        )
         tokenizer = Tokenizer.load(folder)
         config.resolve_model_len(checkpoint.config.max_position_embeddings)
         dtype = config.resolve_dtype(device, checkpoint.dtype, checkpoint.num_parameters)
+        fp8 = config.resolve_fp8(device, checkpoint.fp8)
         model = build_model(
-            checkpoint, device=device, dtype=dtype, max_model_len=config.max_model_len
+            checkpoint, device=device, dtype=dtype, max_model_len=config.max_model_len, fp8=fp8
         )
+        num_weight_bytes = weight_bytes(model)
         bytes_per_token = cache_bytes_per_token(model, dtype)
         num_pages, max_model_len, max_num_seqs = resolve_pages(
             config,
@@ -96,16 +102,17 @@ class Engine:
             bytes_per_token=bytes_per_token,
             model_max_len=model.config.max_position_embeddings,
             # A GPU has set the weights' memory aside already, a CPU does so as they are written.
-            reserved=checkpoint.num_parameters * dtype.itemsize if device.type == "cpu" else 0,
+            reserved=num_weight_bytes if device.type == "cpu" else 0,
         )
         load_weights(checkpoint, model, progress or (lambda done, total: None))
         info = EngineInfo(
             model=str(config.model),
             architecture=checkpoint.architecture,
             num_parameters=checkpoint.num_parameters,
-            weight_bytes=checkpoint.num_parameters * dtype.itemsize,
+            weight_bytes=num_weight_bytes,
             device=str(device),
             dtype=str(dtype).removeprefix("torch."),
+            quantization=_describe(fp8),
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
             max_step_tokens=config.max_step_tokens
@@ -241,6 +248,12 @@ class Engine:
         elif event.finish_reason is not None:
             completion.finish_reason = event.finish_reason
         return assembler.stopped or event.finish_reason is not None
+
+
+def _describe(fp8: Fp8Format | None) -> str:
+    if fp8 is None:
+        return "none"
+    return "fp8 (W8A16)" if fp8.activations is None else f"fp8 (W8A8, {fp8.activations} scales)"
 
 
 def make_scheduler(info: EngineInfo) -> Scheduler:

@@ -9,7 +9,11 @@ from typing import Any
 
 import torch
 
+from kernels.dispatch import multiplies_fp8
+from kernels.quant import ActivationScale
+from runtime.config import Fp8Checkpoint
 from runtime.errors import ConfigError
+from runtime.models.layers import Fp8Format
 
 GIB = 1 << 30
 MAX_THREADS = 1024
@@ -34,6 +38,9 @@ class EngineConfig:
     max_model_len: int | None = None  # tokens of prompt and answer together
     max_num_seqs: int | None = None  # sequences running at once
     max_step_tokens: int | None = None  # tokens of one step: decodes and prompt chunks together
+    quantization: str = "auto"  # auto: as stored | none: matrices in dtype | fp8
+    fp8_activations: str = "auto"  # auto: if meant so and the chip multiplies fp8 | on | off
+    yarn_attn_factor: str = "checkpoint"  # checkpoint: as config.json says | ignore
     page_size: int = DEFAULT_PAGE_SIZE  # tokens in a page of the KV cache
     kv_cache_memory: int | None = None  # bytes
     num_threads: int | None = None  # CPU threads of the engine process
@@ -43,10 +50,16 @@ class EngineConfig:
             self.device.startswith("cuda:") and self.device[5:].isdecimal()
         ):
             raise ConfigError(f"--device {self.device!r} is not one of auto, cpu, cuda, cuda:N")
-        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
-            raise ConfigError(
-                f"--dtype {self.dtype!r} is not one of auto, float32, bfloat16, float16"
-            )
+        for name, allowed in (
+            ("dtype", ("auto", "float32", "bfloat16", "float16")),
+            ("quantization", ("auto", "none", "fp8")),
+            ("fp8_activations", ("auto", "on", "off")),
+            ("yarn_attn_factor", ("checkpoint", "ignore")),
+        ):
+            value = getattr(self, name)
+            if value not in allowed:
+                flag = name.replace("_", "-")
+                raise ConfigError(f"--{flag} {value!r} is not one of {', '.join(allowed)}")
         for name, limit in (
             ("max_model_len", 1 << 24),
             ("max_num_seqs", 4096),
@@ -100,6 +113,26 @@ class EngineConfig:
             return torch.float32
         return checkpoint_dtype
 
+    def resolve_fp8(self, device: torch.device, stored: Fp8Checkpoint | None) -> Fp8Format | None:
+        """How matrices are kept in FP8, None if they are not. Raises `ConfigError`.
+
+        Activations are quantized too (W8A8) where the checkpoint was made for it and the chip has
+        fp8 matrix units; a matrix quantized here, from a bf16 checkpoint, is W8A16 unless asked.
+        """
+        is_fp8 = self.quantization == "fp8" or (self.quantization == "auto" and stored is not None)
+        if not is_fp8:
+            if self.fp8_activations == "on":
+                raise ConfigError(
+                    "--fp8-activations on needs FP8 weights: an FP8 checkpoint or "
+                    "--quantization fp8"
+                )
+            return None
+        scale: ActivationScale = "float32" if stored is None else stored.activation_scale
+        wanted = self.fp8_activations == "on" or (
+            self.fp8_activations == "auto" and stored is not None and multiplies_fp8(device)
+        )
+        return Fp8Format(scale if wanted else None)
+
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
@@ -111,6 +144,7 @@ class EngineInfo:
     weight_bytes: int
     device: str
     dtype: str
+    quantization: str  # of matrices: none, fp8 (W8A16) or fp8 with fp8 activations (W8A8)
     max_model_len: int
     max_num_seqs: int
     max_step_tokens: int

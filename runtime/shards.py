@@ -14,13 +14,22 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from runtime.config import Fields, read_json
+from runtime.config import Fields, file_size, is_there, one_line, read_json, show
 from runtime.errors import CheckpointError
 
 INDEX_NAME = "model.safetensors.index.json"
+MAX_HEADER_BYTES = 8 << 20  # parsed, a header takes many times its size in memory
 MAX_TENSORS_PER_FILE = 20_000
 MAX_NAME_LENGTH = 256
-MAX_NAMES_SHOWN = 5
+MAX_NAMES_SHOWN = 3
+MAX_SHOWN_LENGTH = 100
+MISTAKEN_FILES = {
+    b"version ": "a Git LFS pointer, not the weights; fetch them with `git lfs pull`",
+    b"PK\x03\x04": "a zip as torch.save writes; only safetensors are read",
+    b"\x80": "a pickle, which is never read; only safetensors are",
+    b"<": "a web page, not the weights; download the file again",
+}
+"""What is found under the name of a safetensors file, by its first bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +47,10 @@ def read_headers(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor of every shard. The index, the files and their headers must agree."""
     index_path = folder / INDEX_NAME
     present = sorted(path.name for path in folder.glob("*.safetensors"))
+    if odd := [name for name in present if not name.isprintable()]:
+        raise CheckpointError(f"{folder}: {_show_name(odd[0])}: not a plain file name")
     weight_map: dict[str, str] | None = None
-    if index_path.exists():
+    if is_there(index_path):
         weight_map = read_weight_map(index_path)
         named = set(weight_map.values())
         if missing := sorted(named.difference(present)):
@@ -79,20 +90,32 @@ def read_weight_map(index_path: Path) -> dict[str, str]:
         plain = isinstance(file_name, str) and re.fullmatch(r"[\w.-]+\.safetensors", file_name)
         if not plain:
             raise fields.error(
-                "weight_map", f"{_show_name(name)}: {str(file_name)[:80]!r} is not a file name"
+                "weight_map",
+                f"{_show_name(name)}: {show(file_name)} is not the name of a safetensors file",
             )
     return weight_map
 
 
 def _read_header(path: Path) -> dict[str, StoredTensor]:
     """The header, after safetensors itself accepted it: sizes, order and gaps of the data fit."""
+    num_file_bytes = file_size(path)
     try:
-        with path.open("rb") as file, safe_open(path, framework="pt"):
-            num_header_bytes = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(num_header_bytes), object_pairs_hook=_unique_keys)
+        with path.open("rb") as file:
+            first_bytes = file.read(8)
+            num_header_bytes = int.from_bytes(first_bytes, "little")
+            mistaken = [MISTAKEN_FILES[b] for b in MISTAKEN_FILES if first_bytes.startswith(b)]
+            if mistaken and num_header_bytes > num_file_bytes:
+                raise CheckpointError(f"{path}: {mistaken[0]}")
+            if MAX_HEADER_BYTES < num_header_bytes <= num_file_bytes:
+                raise CheckpointError(
+                    f"{path}: header of {num_header_bytes} bytes; at most {MAX_HEADER_BYTES} are "
+                    "allowed"
+                )
+            with safe_open(path, framework="pt"):
+                header = json.loads(file.read(num_header_bytes), object_pairs_hook=_unique_keys)
     except (SafetensorError, OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
-        raise CheckpointError(f"{path}: {' '.join(str(why).split())[:200]}") from None
+        raise CheckpointError(f"{path}: {one_line(str(why))}") from None
     header.pop("__metadata__", None)
     if len(header) > MAX_TENSORS_PER_FILE:
         raise CheckpointError(
@@ -125,5 +148,6 @@ def some_names(names: Iterable[str]) -> str:
 
 def _show_name(name: str) -> str:
     """A stranger's name, fit for a terminal."""
-    short = name if len(name) <= 100 else f"{name[:100]}…"
-    return short if short.isprintable() else repr(short)
+    plain = name[: MAX_SHOWN_LENGTH + 1]
+    shown = plain if plain and plain.isprintable() else repr(plain)
+    return shown if len(shown) <= MAX_SHOWN_LENGTH else f"{shown[:MAX_SHOWN_LENGTH]}…"

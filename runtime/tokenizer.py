@@ -12,18 +12,36 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
-from runtime.chat_template import ChatTemplate, Message, find_template
-from runtime.config import MAX_WIDTH, Fields, GenerationDefaults, read_json
+from runtime.chat_template import (
+    RESERVED_VARIABLES,
+    ChatRenderer,
+    ChatTemplate,
+    Message,
+    find_template,
+)
+from runtime.chat_v32 import V32Chat
+from runtime.config import (
+    MAX_WIDTH,
+    Fields,
+    GenerationDefaults,
+    is_there,
+    one_line,
+    read_file,
+    read_json,
+)
 from runtime.errors import BadRequest, CheckpointError
 
 THINK_START, THINK_END = "<think>", "</think>"
+MAX_DEPTH = 64  # of what a client gives the template
+BUILT_IN_CHATS: dict[str, Callable[[], ChatRenderer]] = {"DeepseekV32ForCausalLM": V32Chat}
+"""For architectures whose releases have no chat template."""
 SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
 
 
@@ -45,12 +63,12 @@ class Tokenizer:
         *,
         special_tokens: dict[str, str],
         add_bos: bool | None,
-        template: ChatTemplate | None,
+        chat: ChatRenderer | None,
         eos_token_ids: frozenset[int],
     ) -> None:
         """``add_bos`` None leaves it to the tokenizer's own post-processor."""
         self._backend = backend
-        self._template = template
+        self._chat = chat
         self.eos_token_ids = eos_token_ids
         added = backend.get_added_tokens_decoder()
         self.token_bytes = _token_bytes(backend, {i: token.content for i, token in added.items()})
@@ -75,30 +93,29 @@ class Tokenizer:
         backend = _read_backend(path)
         _require_byte_level(backend, path)
         config_path = folder / "tokenizer_config.json"
-        config = read_json(config_path) if config_path.exists() else {}
+        config = read_json(config_path) if is_there(config_path) else {}
         model_path = folder / "config.json"
         model = Fields(read_json(model_path), str(model_path))
         vocab_size = model.integer("vocab_size", high=MAX_WIDTH)
+        num_tokens = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        if num_tokens > vocab_size:
+            raise CheckpointError(
+                f"{path}: {num_tokens} tokens, but the model has {vocab_size} embeddings"
+            )
         special_tokens = _special_tokens(config, str(config_path))
         eos_token_ids = (
             GenerationDefaults.load(folder, vocab_size).eos_token_ids
             or model.token_ids("eos_token_id", vocab_size)
             or _ids_of(backend, special_tokens.get("eos_token"))
         )
-        source = find_template(folder, config)
         add_bos = config.get("add_bos_token")
-        tokenizer = cls(
+        return cls(
             backend,
             special_tokens=special_tokens,
             add_bos=add_bos if isinstance(add_bos, bool) else None,
-            template=ChatTemplate(source[0], special_tokens, source[1]) if source else None,
+            chat=_find_chat(folder, config, special_tokens, model),
             eos_token_ids=frozenset(eos_token_ids),
         )
-        if tokenizer.num_tokens > vocab_size:
-            raise CheckpointError(
-                f"{path}: {tokenizer.num_tokens} tokens, but the model has {vocab_size} embeddings"
-            )
-        return tokenizer
 
     # -- text to ids -----------------------------------------------------------------------------
 
@@ -110,31 +127,47 @@ class Tokenizer:
         """
         _require_unicode(text, param)
         if self._add_bos is None:
-            return self._backend.encode_batch_fast([text])[0].ids
-        ids = self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
+            return self._encode([text], param)[0].ids
+        ids = self._encode([text], param, add_special_tokens=False)[0].ids
         if self._add_bos and tuple(ids[:1]) != self._bos_ids:
             return [*self._bos_ids, *ids]
         return ids
 
-    def render_chat(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any
-    ) -> str:
-        """The prompt text the chat template makes of ``messages``; see `encode_chat`."""
-        prepared = [self._prepare(message) for message in messages]
-        return self._render(prepared, variables | {"add_generation_prompt": add_generation_prompt})
-
     def encode_chat(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any
+        self,
+        messages: Sequence[Message],
+        *,
+        thinking: bool | None = None,
+        tools: Sequence[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        variables: Mapping[str, Any] | None = None,
     ) -> ChatPrompt:
-        """Render ``messages`` and encode the result; ``variables`` go to the template.
+        """Render ``messages`` and encode the result.
 
-        A control token's spelling inside a message or a variable is encoded as plain text.
-        Thoughts of earlier answers are dropped: ``reasoning_content``, and all of an assistant's
-        text up to ``</think>``. The role ``developer`` means ``system``. Raises `BadRequest` if
-        the checkpoint has no template, the template fails, or text is not valid Unicode.
+        A control token's spelling inside a message, a tool or a variable is encoded as plain text.
+        An assistant's text up to ``</think>`` is its ``reasoning_content``, and the template
+        decides what of an earlier thought it repeats. The role ``developer`` means ``system``.
+
+        Args:
+            thinking: whether the answer is to begin with a thought, None for the template's
+                choice. A template without such a switch does not notice.
+            tools: functions the model may call, as OpenAI spells them.
+            variables: more names for the template.
+
+        Raises `BadRequest` if the checkpoint has no template, the template fails, a variable has a
+        reserved name, or text is not valid Unicode.
         """
-        prepared = [self._prepare(message) for message in messages]
-        variables = {**variables, "add_generation_prompt": add_generation_prompt}
+        variables = dict(variables or {})
+        if taken := sorted(RESERVED_VARIABLES & variables.keys()):
+            raise BadRequest(
+                f"chat_template_kwargs cannot set {taken[0]!r}: the server does",
+                param=f"chat_template_kwargs.{taken[0]}",
+                code="invalid_value",
+            )
+        if thinking is not None:  # DeepSeek's templates read the first, Qwen's the second
+            variables |= {"thinking": thinking, "enable_thinking": thinking}
+        variables |= {"tools": tools, "add_generation_prompt": add_generation_prompt}
+        prepared = self._prepare(messages)
         # The mark splits each control token a client spelt, so that no part of the rendered text
         # between two marks holds one; templates only move text around and keep the mark in place.
         mark = f"\ue000{secrets.randbelow(10**19)}\ue000"
@@ -143,9 +176,21 @@ class Tokenizer:
         )
         parts = [part for part in rendered.split(mark) if part]
         # Batches, unlike single texts, are encoded without Python's lock: other streams go on.
-        encodings = self._backend.encode_batch_fast(parts, add_special_tokens=False)
+        encodings = self._encode(parts, "messages", add_special_tokens=False)
         token_ids = [token_id for encoding in encodings for token_id in encoding.ids]
         return ChatPrompt(token_ids, "".join(parts), self.opens_thought(token_ids))
+
+    def _encode(self, texts: list[str], param: str, **options: bool) -> list[tokenizers.Encoding]:
+        try:
+            return self._backend.encode_batch_fast(texts, **options)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic: a regular expression that takes too many steps
+            raise BadRequest(
+                f"the model's tokenizer failed on this text: {one_line(str(error))}",
+                param=param,
+                code="tokenizer_error",
+            ) from None
 
     def fewest_tokens(self, text: str) -> int:
         """A lower bound on the tokens of ``text``, without encoding it."""
@@ -169,41 +214,53 @@ class Tokenizer:
 
     # -- rendering -------------------------------------------------------------------------------
 
-    def _prepare(self, message: Message) -> Message:
-        prepared = {key: message[key] for key in message if key != "reasoning_content"}
+    def _prepare(self, messages: Sequence[Message]) -> list[Message]:
+        prepared = [self._prepare_message(message) for message in messages]
+        return prepared if self._chat is None else self._chat.prepare(prepared)
+
+    def _prepare_message(self, message: Message) -> Message:
+        prepared = dict(message)
         if prepared.get("role") == "developer":
             prepared["role"] = "system"
         content = prepared.get("content")
-        if content is None and not prepared.get("tool_calls"):
-            prepared["content"] = ""
+        if not content:  # templates tell an answer from calls by this
+            prepared["content"] = None if prepared.get("tool_calls") else ""
         has_thought = prepared.get("role") == "assistant" and self.think_end_id is not None
-        if has_thought and isinstance(content, str):
-            prepared["content"] = content.rpartition(THINK_END)[2]
+        if has_thought and isinstance(content, str) and THINK_END in content:
+            thought, _, prepared["content"] = content.rpartition(THINK_END)
+            if not prepared.get("reasoning_content"):
+                prepared["reasoning_content"] = thought.lstrip().removeprefix(THINK_START).strip()
         return prepared
 
     def _render(self, messages: list[Message], variables: dict[str, Any]) -> str:
-        if self._template is None:
+        if self._chat is None:
             raise BadRequest(
                 "This checkpoint ships no chat template; use /v1/completions with a raw prompt",
                 param="messages",
                 code="template_error",
             )
-        rendered = self._template.render(messages, **variables)
+        rendered = self._chat.render(messages, **variables)
         _require_unicode(rendered, "messages")
         return rendered
 
-    def _mark_controls(self, value: Any, mark: str) -> Any:
+    def _mark_controls(self, value: Any, mark: str, depth: int = 0) -> Any:
         """A copy of ``value`` with ``mark`` inside every control token's spelling."""
         if isinstance(value, str):
             return self._mark_text(value, mark)
-        if isinstance(value, list | tuple):
-            return [self._mark_controls(item, mark) for item in value]
+        if not isinstance(value, list | tuple | dict):
+            return value
+        if depth == MAX_DEPTH:
+            raise BadRequest(
+                f"a message, tool or variable is nested deeper than {MAX_DEPTH} levels",
+                param="messages",
+                code="invalid_value",
+            )
         if isinstance(value, dict):
             return {
-                self._mark_controls(key, mark): self._mark_controls(item, mark)
+                self._mark_controls(key, mark): self._mark_controls(item, mark, depth + 1)
                 for key, item in value.items()
             }
-        return value
+        return [self._mark_controls(item, mark, depth + 1) for item in value]
 
     def _mark_text(self, text: str, mark: str) -> str:
         _require_unicode(text, "messages")
@@ -220,7 +277,7 @@ class Tokenizer:
 
 def _is_control(token: tokenizers.AddedToken) -> bool:
     text = token.content
-    return len(text) > 1 and (token.special or "｜" in text or bool(re.fullmatch(r"<\S+>", text)))
+    return len(text) > 1 and (token.special or "｜" in text or bool(re.fullmatch(r"<\S+", text)))
 
 
 def _is_hidden(token: tokenizers.AddedToken) -> bool:
@@ -259,13 +316,11 @@ def _require_unicode(text: str, param: str) -> None:
 
 def _read_backend(path: Path) -> tokenizers.Tokenizer:
     try:
-        return tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror or error}") from None
-    except (KeyboardInterrupt, SystemExit):
+        return tokenizers.Tokenizer.from_str(read_file(path).decode())
+    except (CheckpointError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the library reports some files by a panic, not an Exception
-        raise CheckpointError(f"{path}: {' '.join(str(error).split())[:200]}") from None
+        raise CheckpointError(f"{path}: {one_line(str(error))}") from None
 
 
 def _require_byte_level(backend: tokenizers.Tokenizer, path: Path) -> None:
@@ -277,6 +332,18 @@ def _require_byte_level(backend: tokenizers.Tokenizer, path: Path) -> None:
             f"{path}: {type(backend.model).__name__} model with {decoder.get('type')} decoder; "
             "only byte-level BPE is supported"
         )
+
+
+def _find_chat(
+    folder: Path, config: dict[str, Any], special_tokens: dict[str, str], model: Fields
+) -> ChatRenderer | None:
+    if (source := find_template(folder, config)) is not None:
+        return ChatTemplate(source[0], special_tokens, source[1])
+    architectures = model.raw("architectures", None)
+    for architecture in architectures if isinstance(architectures, list) else ():
+        if isinstance(architecture, str) and architecture in BUILT_IN_CHATS:
+            return BUILT_IN_CHATS[architecture]()
+    return None
 
 
 def _special_tokens(config: dict[str, Any], where: str) -> dict[str, str]:

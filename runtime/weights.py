@@ -10,25 +10,36 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
-from runtime.config import Fields, GenerationDefaults, parse_dtype, read_json
+from kernels.quant import BLOCK, num_blocks
+from runtime.config import (
+    Fields,
+    Fp8Checkpoint,
+    GenerationDefaults,
+    parse_dtype,
+    parse_quantization,
+    read_json,
+    show,
+    without_attn_factor,
+)
 from runtime.errors import CheckpointError
+from runtime.fill import FP8, STORED_DTYPES, fill_from_file, least_read, open_file
 from runtime.models import FAMILIES, CausalLM, Family, ModelConfig
+from runtime.models.layers import SCALE_SUFFIX, Fp8Format
 from runtime.shards import INDEX_NAME, StoredTensor, read_headers, read_weight_map, some_names
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all)."""
 
 PULL_PATTERNS = ["*.safetensors", "*.json", "*.jinja"]
-CHUNK_BYTES = 32 << 20
-STORED_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+MAX_BUFFER_BYTES = 32 << 20
+BUFFER_SHARE = 32  # the read buffer is this part of the checkpoint, up to its maximum
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +51,8 @@ class Checkpoint:
     family: Family
     config: ModelConfig
     dtype: torch.dtype  # the one config.json names, else that of the stored embeddings
-    tensors: dict[str, StoredTensor]  # the ones to load
+    fp8: Fp8Checkpoint | None  # how its matrices are quantized, if they are
+    tensors: dict[str, StoredTensor]  # the ones to load, the scales of FP8 matrices among them
     num_parameters: int
     generation: GenerationDefaults
     eos_token_ids: tuple[int, ...]
@@ -125,33 +137,47 @@ def _missing_files(folder: Path) -> list[str]:
 # -- headers -------------------------------------------------------------------------------------
 
 
-def inspect_checkpoint(folder: Path) -> Checkpoint:
+def inspect_checkpoint(folder: Path, *, ignore_attn_factor: bool = False) -> Checkpoint:
     """Check config.json and every safetensors header of ``folder``; reads no weights.
 
+    ``ignore_attn_factor`` drops YaRN's ``attn_factor`` from the config, as transformers does.
     Raises `CheckpointError`: one line with the file, the tensor or key, and why.
     """
     config_path = folder / "config.json"
-    fields = Fields(read_json(config_path), str(config_path))
+    values = read_json(config_path)
+    fields = Fields(without_attn_factor(values) if ignore_attn_factor else values, str(config_path))
     architecture = _architecture(fields)
-    _refuse_quantization(fields)
+    fp8 = parse_quantization(fields)
     family = FAMILIES[architecture]
     dtype = parse_dtype(fields)
     stored = read_headers(folder)
     config = family.parse_config(fields, stored.keys())
-    model = family.build(config, device=torch.device("meta"), dtype=torch.float32, max_model_len=1)
+    _check_size(fields, config, len(stored))
+    model = family.build(
+        config,
+        device=torch.device("meta"),
+        dtype=torch.float32,
+        max_model_len=1,
+        fp8=None if fp8 is None else Fp8Format(),
+    )
     targets = model.weight_targets()
-    _check_tensors(folder, stored, targets, model.ignores)
-    tensors = {name: stored[name] for name in targets}
+    tensors = _check_tensors(folder, stored, targets, model.ignores, fp8)
     generation = GenerationDefaults.load(folder, config.vocab_size)
     eos_token_ids = fields.token_ids("eos_token_id", config.vocab_size)
+    embeddings = STORED_DTYPES.get(next(iter(tensors.values())).dtype, torch.bfloat16)
     return Checkpoint(
         folder=folder,
         architecture=architecture,
         family=family,
         config=config,
-        dtype=dtype or STORED_DTYPES[next(iter(tensors.values())).dtype],
+        dtype=dtype or embeddings,
+        fp8=fp8,
         tensors=tensors,
-        num_parameters=sum(math.prod(tensor.shape) for tensor in tensors.values()),
+        num_parameters=sum(
+            math.prod(target.shape)
+            for name, target in targets.items()
+            if not name.endswith(SCALE_SUFFIX)
+        ),
         generation=generation,
         eos_token_ids=generation.eos_token_ids or eos_token_ids,
     )
@@ -161,16 +187,20 @@ def _architecture(fields: Fields) -> str:
     named = fields.raw("architectures")
     name = named[0] if isinstance(named, list) and named else named
     if not isinstance(name, str) or name not in FAMILIES:
-        raise fields.error("architectures", f"{name!r} is not one of {', '.join(FAMILIES)}")
+        raise fields.error("architectures", f"{show(name)} is not one of {', '.join(FAMILIES)}")
     return name
 
 
-def _refuse_quantization(fields: Fields) -> None:
-    if fields.has("quantization_config"):
-        method = fields.object("quantization_config").raw("quant_method", "unknown")
-        name = "FP8" if method == "fp8" else f"{str(method)[:40]!r}-quantized"
+def _check_size(fields: Fields, config: ModelConfig, num_stored: int) -> None:
+    """A config that lies about its size is refused before a model of that size is laid out."""
+    experts = getattr(config, "experts", None)  # of the families that have them
+    num_expert_layers = config.num_layers - experts.num_dense_layers if experts else 0
+    num_experts = num_expert_layers * experts.num_experts if experts else 0
+    if config.num_layers > num_stored or num_experts > num_stored:
         raise fields.error(
-            "quantization_config", f"{name} checkpoints are not supported by this version"
+            "num_hidden_layers",
+            f"{config.num_layers} layers with {num_experts} experts in all, but the files have "
+            f"only {num_stored} tensors",
         )
 
 
@@ -179,33 +209,69 @@ def _check_tensors(
     stored: dict[str, StoredTensor],
     targets: dict[str, Tensor],
     ignores: Callable[[str], bool],
-) -> None:
-    if missing := [name for name in targets if name not in stored]:
-        raise CheckpointError(
-            f"{folder}: {some_names(missing)}: {len(missing)} of {len(targets)} tensors missing"
-        )
-    unknown = [name for name in stored if name not in targets and not ignores(name)]
+    fp8: Fp8Checkpoint | None,
+) -> dict[str, StoredTensor]:
+    """The stored tensors to load. An FP8 matrix brings its scales, whatever becomes of it."""
+    weights = [name for name in targets if not name.endswith(SCALE_SUFFIX)]
+    _check_presence(folder, weights, stored)
+    for name in weights:
+        _check_tensor(name, stored[name], targets[name], fp8)
+    quantized = [name for name in weights if stored[name].dtype == FP8]
+    needed = weights + [name + SCALE_SUFFIX for name in quantized]
+    _check_presence(folder, needed, stored)
+    for name in quantized:
+        _check_scales(name + SCALE_SUFFIX, stored[name + SCALE_SUFFIX], stored[name].shape)
+    tensors = {name: stored[name] for name in needed}
+    unknown = [name for name in stored if name not in tensors and not ignores(name)]
     if unknown:
         path = stored[unknown[0]].path
         raise CheckpointError(
             f"{path}: {some_names(unknown)}: {len(unknown)} tensors this model does not have"
         )
-    for name, target in targets.items():
-        tensor = stored[name]
-        if tensor.dtype.startswith("F8_"):
+    return tensors
+
+
+def _check_presence(folder: Path, needed: list[str], stored: dict[str, StoredTensor]) -> None:
+    if missing := [name for name in needed if name not in stored]:
+        raise CheckpointError(
+            f"{folder}: {some_names(missing)}: {len(missing)} of {len(needed)} tensors missing"
+        )
+
+
+def _check_tensor(
+    name: str, tensor: StoredTensor, target: Tensor, fp8: Fp8Checkpoint | None
+) -> None:
+    where = f"{tensor.path}: {name}"
+    if tensor.shape != tuple(target.shape):
+        raise CheckpointError(
+            f"{where}: shape {list(tensor.shape)} where config.json asks for {list(target.shape)}"
+        )
+    if tensor.dtype == FP8:
+        if fp8 is None:
             raise CheckpointError(
-                f"{tensor.path}: {name}: FP8 checkpoints are not supported by this version"
+                f"{where}: dtype {FP8}, but config.json has no quantization_config"
             )
-        if tensor.dtype not in STORED_DTYPES:
-            raise CheckpointError(
-                f"{tensor.path}: {name}: dtype {tensor.dtype} is not one of "
-                f"{', '.join(STORED_DTYPES)}"
-            )
-        if tensor.shape != tuple(target.shape):
-            raise CheckpointError(
-                f"{tensor.path}: {name}: shape {list(tensor.shape)} where config.json asks for "
-                f"{list(target.shape)}"
-            )
+        if len(tensor.shape) != 2:
+            raise CheckpointError(f"{where}: dtype {FP8}, but it is not a matrix")
+    elif tensor.dtype not in STORED_DTYPES:
+        raise CheckpointError(
+            f"{where}: dtype {tensor.dtype} is not one of {', '.join(STORED_DTYPES)}"
+        )
+    elif target.dtype == torch.float8_e4m3fn:
+        raise CheckpointError(f"{where}: dtype {tensor.dtype} where an FP8 checkpoint has {FP8}")
+
+
+def _check_scales(name: str, tensor: StoredTensor, shape: tuple[int, ...]) -> None:
+    grid = [num_blocks(size) for size in shape]
+    if list(tensor.shape) != grid:
+        raise CheckpointError(
+            f"{tensor.path}: {name}: shape {list(tensor.shape)} where blocks of {BLOCK} x {BLOCK} "
+            f"of {list(shape)} make {grid}"
+        )
+    if tensor.dtype not in STORED_DTYPES:
+        raise CheckpointError(
+            f"{tensor.path}: {name}: dtype {tensor.dtype} is not one of {', '.join(STORED_DTYPES)}"
+        )
 
 
 # -- loading -------------------------------------------------------------------------------------
@@ -217,26 +283,36 @@ def build_model(
     device: torch.device,
     dtype: torch.dtype,
     max_model_len: int | None = None,
+    fp8: Fp8Format | None = None,
 ) -> CausalLM:
     """The checkpoint's model with uninitialised parameters on ``device``.
 
     ``max_model_len`` None, or above what the model was made for, means the model's own limit.
+    With ``fp8`` matrices are kept in FP8, else in ``dtype``, however the checkpoint stores them.
     Raises `CheckpointError` if the device has no room for the parameters.
     """
     limit = checkpoint.config.max_position_embeddings
     num_positions = limit if max_model_len is None else min(max_model_len, limit)
-    try:
+
+    def build(device: torch.device) -> CausalLM:
         return checkpoint.family.build(
-            checkpoint.config, device=device, dtype=dtype, max_model_len=num_positions
+            checkpoint.config, device=device, dtype=dtype, max_model_len=num_positions, fp8=fp8
         )
+
+    try:
+        return build(device)
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
-        num_bytes = checkpoint.num_parameters * dtype.itemsize
+        num_bytes = weight_bytes(build(torch.device("meta")))
         raise CheckpointError(
-            f"{checkpoint.folder}: {num_bytes / 1e9:.1f} GB of {dtype} weights do not fit on "
-            f"{device}"
+            f"{checkpoint.folder}: {num_bytes / 1e9:.1f} GB of weights do not fit on {device}"
         ) from None
+
+
+def weight_bytes(model: CausalLM) -> int:
+    """Bytes of all parameters."""
+    return sum(target.nbytes for target in model.weight_targets().values())
 
 
 def cache_bytes_per_token(model: CausalLM, dtype: torch.dtype) -> int:
@@ -250,78 +326,24 @@ def load_weights(
 ) -> None:
     """Fill every parameter of ``model`` and finish it; peak memory is the model and one chunk.
 
-    Raises `CheckpointError` (file: tensor: why) for a file that cannot be read or has changed, and
-    for a NaN or an infinity, also one that only the model's dtype makes.
+    A matrix is quantized to FP8, or decoded from it, on its way if the model keeps it otherwise
+    than the file does. Raises `CheckpointError` (file: tensor: why) for a file that cannot be read
+    or has changed, and for a NaN or an infinity, also one that only the model's dtype makes.
     """
-    targets = model.weight_targets()
-    total = sum(tensor.num_bytes for tensor in checkpoint.tensors.values())
+    targets, stored = model.weight_targets(), checkpoint.tensors
+    total = sum(tensor.num_bytes for tensor in stored.values())
+    wanted = min(total // BUFFER_SHARE, MAX_BUFFER_BYTES)
+    least = max(least_read(targets.get(name), tensor) for name, tensor in stored.items())
+    num_buffered = max(wanted, least)
     on_gpu = any(target.is_cuda for target in targets.values())
-    buffer = torch.empty(min(CHUNK_BYTES, total), dtype=torch.uint8, pin_memory=on_gpu)
+    buffer = torch.empty(num_buffered, dtype=torch.uint8, pin_memory=on_gpu)
     done = 0
     progress(done, total)
-    in_file_order = sorted(
-        checkpoint.tensors.items(), key=lambda item: (item[1].path, item[1].offset)
-    )
-    for path, tensors in itertools.groupby(in_file_order, key=lambda item: item[1].path):
-        with _open(path) as file:
-            for name, tensor in tensors:
-                for num_bytes in _fill(targets[name], name, tensor, file, buffer):
+    in_file_order = sorted(stored, key=lambda name: (stored[name].path, stored[name].offset))
+    for path, names in itertools.groupby(in_file_order, key=lambda name: stored[name].path):
+        with open_file(path) as file:
+            for name in names:
+                for num_bytes in fill_from_file(targets, stored, name, file, buffer):
                     done += num_bytes
                     progress(done, total)
     model.finish_loading()
-
-
-def _open(path: Path) -> BinaryIO:
-    try:
-        return path.open("rb", buffering=0)
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror or error}") from None
-
-
-def _fill(
-    target: Tensor, name: str, tensor: StoredTensor, file: BinaryIO, buffer: Tensor
-) -> Iterator[int]:
-    """Read a tensor chunk by chunk into ``target``; yields the bytes of each chunk."""
-    dtype = STORED_DTYPES[tensor.dtype]
-    flat = target.view(-1)
-    begin = 0  # first element of the chunk
-    while begin < flat.numel():
-        num_elements = min(flat.numel() - begin, buffer.numel() // dtype.itemsize)
-        num_bytes = num_elements * dtype.itemsize
-        try:
-            _read_exactly(file, tensor.offset + begin * dtype.itemsize, buffer[:num_bytes])
-        except OSError as error:
-            raise CheckpointError(f"{tensor.path}: {name}: {error.strerror or error}") from None
-        chunk = flat[begin : begin + num_elements]
-        chunk.copy_(buffer[:num_bytes].view(dtype))
-        if not _all_finite(chunk):
-            raise CheckpointError(f"{tensor.path}: {name}: {_why_not_finite(chunk, buffer, dtype)}")
-        begin += num_elements
-        yield num_bytes
-
-
-def _read_exactly(file: BinaryIO, offset: int, buffer: Tensor) -> None:
-    """Fill ``buffer``. Plain reads: on a mapped file an I/O error would kill the process."""
-    view = memoryview(buffer.numpy())  # type: ignore[arg-type]
-    file.seek(offset)
-    while view:
-        num_read = file.readinto(view)  # type: ignore[attr-defined]
-        if not num_read:
-            raise OSError(
-                0, "the file ends inside the tensor; it changed since the headers were read"
-            )
-        view = view[num_read:]
-
-
-def _all_finite(values: Tensor) -> bool:
-    # One pass: a NaN or an infinity always shows in the sum. Finite values may overflow it.
-    return bool(values.sum().isfinite()) or bool(values.isfinite().all())
-
-
-def _why_not_finite(chunk: Tensor, buffer: Tensor, dtype: torch.dtype) -> str:
-    stored = buffer[: chunk.numel() * dtype.itemsize].view(dtype)
-    if bool(stored.isfinite().all()):
-        return (
-            f"a {dtype} value does not fit {chunk.dtype}; run it with --dtype bfloat16 or float32"
-        )
-    return "holds NaN" if bool(stored.isnan().any()) else "holds an infinity"

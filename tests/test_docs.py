@@ -28,7 +28,7 @@ def test_files_named_in_a_document_exist(document: str) -> None:
 def test_commands_and_options_in_a_document_exist(document: str) -> None:
     text = (ROOT / document).read_text(encoding="utf-8")
     commands = get_command(app).commands  # type: ignore[attr-defined]
-    known = {"serve", "chat", "keys", "pull"}
+    known = {"serve", "chat", "inspect", "keys", "pull"}
     assert known == set(commands)
     assert set(re.findall(r"(?:bin/|`)fathom (\w+)", text)) <= known
     options = {option for name in known for param in commands[name].params for option in param.opts}

@@ -10,8 +10,12 @@ from torch import Tensor
 
 from kernels.batch import PagedBatch
 from runtime.config import Fields
-from runtime.models.deepseek_v3 import DeepseekV3, parse_deepseek_v3
-from runtime.models.llama import Llama, parse_llama, parse_qwen2
+from runtime.models.deepseek_v1 import build_deepseek_v1, parse_deepseek_v1
+from runtime.models.deepseek_v2 import build_deepseek_v2, parse_deepseek_v2
+from runtime.models.deepseek_v3 import build_deepseek_v3, parse_deepseek_v3
+from runtime.models.deepseek_v32 import build_deepseek_v32, parse_deepseek_v32
+from runtime.models.llama import build_llama, parse_llama, parse_qwen2
+from runtime.models.qwen3 import build_qwen3, parse_qwen3
 
 
 class ModelConfig(Protocol):
@@ -62,11 +66,15 @@ class Family:
     """How to read a config.json, given the names of the tensors beside it, and what to build."""
 
     parse_config: Callable[[Fields, Container[str]], ModelConfig]
-    build: Callable[..., CausalLM]  # (config, *, device, dtype, max_model_len)
+    build: Callable[..., CausalLM]  # (config, *, device, dtype, max_model_len, fp8=None)
 
 
 FAMILIES: dict[str, Family] = {
-    "LlamaForCausalLM": Family(parse_llama, Llama),
-    "Qwen2ForCausalLM": Family(parse_qwen2, Llama),
-    "DeepseekV3ForCausalLM": Family(parse_deepseek_v3, DeepseekV3),
+    "LlamaForCausalLM": Family(parse_llama, build_llama),
+    "Qwen2ForCausalLM": Family(parse_qwen2, build_llama),
+    "Qwen3ForCausalLM": Family(parse_qwen3, build_qwen3),
+    "DeepseekForCausalLM": Family(parse_deepseek_v1, build_deepseek_v1),
+    "DeepseekV2ForCausalLM": Family(parse_deepseek_v2, build_deepseek_v2),
+    "DeepseekV3ForCausalLM": Family(parse_deepseek_v3, build_deepseek_v3),
+    "DeepseekV32ForCausalLM": Family(parse_deepseek_v32, build_deepseek_v32),
 }

@@ -7,8 +7,9 @@ so loading is copying and nothing is ever joined afterwards.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from kernels.activation import silu_and_mul
 from kernels.linear import linear
 from kernels.norm import add_rms_norm, rms_norm
+from kernels.quant import BLOCK, ActivationScale, Fp8Weight, fp8_linear, num_blocks
 from kernels.rope import (
     default_inv_freq,
     linear_inv_freq,
@@ -26,17 +28,65 @@ from kernels.rope import (
 from runtime.config import RopeConfig
 
 Targets = dict[str, Tensor]
+SCALE_SUFFIX = "_scale_inv"
+"""What an FP8 weight's name gets for the name of its scales."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fp8Format:
+    """Linear layers and experts keep their weights in FP8 blocks (`kernels.quant`)."""
+
+    activations: ActivationScale | None = None  # None: W8A16
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where parameters live and in which dtype."""
+    """Where parameters live, in which dtype, and whether matrices are kept in FP8 instead."""
 
     device: torch.device
     dtype: torch.dtype
+    fp8: Fp8Format | None = None
+
+    @property
+    def unquantized(self) -> Placement:
+        """For the matrices that FP8 checkpoints keep in ``dtype``."""
+        return replace(self, fp8=None)
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
+
+    def matrix(self, parts: list[int], in_features: int, *leading: int) -> Tensor | Fp8Weight:
+        """Matrices of ``parts`` rows stacked into one: [*leading, sum(parts), in_features]."""
+        out_features = sum(parts)
+        if self.fp8 is None:
+            return self.empty(*leading, out_features, in_features)
+        blocks = [num_blocks(rows) for rows in parts]
+        scale_rows = self.empty(out_features, dtype=torch.int32)
+        if not scale_rows.is_meta:
+            numbers = [torch.arange(rows, dtype=torch.int32) // BLOCK for rows in parts]
+            firsts = itertools.accumulate(blocks, initial=0)
+            shifted = [part + first for part, first in zip(numbers, firsts, strict=False)]
+            scale_rows.copy_(torch.cat(shifted))
+        return Fp8Weight(
+            values=self.empty(*leading, out_features, in_features, dtype=torch.float8_e4m3fn),
+            scale_inv=self.empty(
+                *leading, sum(blocks), num_blocks(in_features), dtype=torch.float32
+            ),
+            scale_rows=scale_rows,
+            activations=self.fp8.activations,
+        )
+
+
+def matrix_targets(names: list[str], parts: list[int], weight: Tensor | Fp8Weight) -> Targets:
+    """The parts of one `Placement.matrix` under the names of their weights."""
+    if isinstance(weight, Tensor):
+        return dict(zip(names, weight.split_with_sizes(parts), strict=True))
+    blocks = [num_blocks(rows) for rows in parts]
+    scale_names = [name + SCALE_SUFFIX for name in names]
+    return {
+        **dict(zip(names, weight.values.split_with_sizes(parts), strict=True)),
+        **dict(zip(scale_names, weight.scale_inv.split_with_sizes(blocks), strict=True)),
+    }
 
 
 class Linear:
@@ -51,17 +101,19 @@ class Linear:
         bias: bool = False,
     ) -> None:
         self.parts = dict(parts)
-        out_features = sum(self.parts.values())
-        self.weight = placement.empty(out_features, in_features)
-        self.bias = placement.empty(out_features) if bias else None
+        sizes = list(self.parts.values())
+        self.weight = placement.matrix(sizes, in_features)
+        self.bias = placement.empty(sum(sizes)) if bias else None
 
     def __call__(self, x: Tensor) -> Tensor:
+        if isinstance(self.weight, Fp8Weight):
+            return fp8_linear(x, self.weight, self.bias)
         return linear(x, self.weight, self.bias)  # [num_tokens, out_features]
 
     def targets(self, prefix: str) -> Targets:
         sizes = list(self.parts.values())
-        weights = zip(self.parts, self.weight.split_with_sizes(sizes), strict=True)
-        targets = {f"{prefix}{name}.weight": rows for name, rows in weights}
+        names = [f"{prefix}{name}.weight" for name in self.parts]
+        targets = matrix_targets(names, sizes, self.weight)
         if self.bias is not None:
             biases = zip(self.parts, self.bias.split_with_sizes(sizes), strict=True)
             targets |= {f"{prefix}{name}.bias": rows for name, rows in biases}

@@ -44,6 +44,7 @@ class ScriptedEngine:
             weight_bytes=1,
             device="cpu",
             dtype="float32",
+            quantization="none",
             max_model_len=MAX_MODEL_LEN,
             max_num_seqs=64,
             max_step_tokens=512,

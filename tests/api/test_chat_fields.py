@@ -109,7 +109,31 @@ TABLE: dict[str, tuple[list[Any], list[tuple[Any, str]]]] = {
         [(1, TYPE), (True, TYPE), ([], TYPE)],
     ),
     "user": (["ann", 5, {"any": "thing"}], []),
-    "reasoning_effort": (["low", "none"], []),
+    "thinking": (
+        [{"type": "enabled", "budget_tokens": 9}, {"type": "disabled"}, {"type": "auto"}],
+        [({"type": "on"}, "invalid_value"), (True, TYPE), ("enabled", TYPE), ([], TYPE)],
+    ),
+    "enable_thinking": ([True, False], NOT_BOOLEANS),
+    "reasoning": (
+        [{}, {"enabled": True}, {"effort": "high", "max_tokens": 9}],
+        [({"enabled": 1}, TYPE), ({"effort": "some"}, "invalid_value"), ("high", TYPE)],
+    ),
+    "reasoning_effort": (
+        ["none", "minimal", "low", "medium", "high", "xhigh", "max"],
+        [("some", "invalid_value"), (1, "invalid_value")],
+    ),
+    "chat_template_kwargs": (
+        [{}, {"thinking": True}, {"enable_thinking": False}, {"other": [1, {"a": "<think>"}]}],
+        [
+            ({"thinking": "yes"}, TYPE),
+            ({"enable_thinking": 1}, TYPE),
+            ({"messages": []}, "invalid_value"),
+            ({"chat_template": "{{ 1 }}"}, "invalid_value"),
+            ({"bos_token": ""}, "invalid_value"),
+            ([], TYPE),
+            ("thinking", TYPE),
+        ],
+    ),
     "no_such_field": ([1, {"a": [None]}], []),
 }
 

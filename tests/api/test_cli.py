@@ -65,6 +65,10 @@ def busy_port() -> Iterator[int]:
         (["serve", "--device", "tpu"], "--device 'tpu' is not one of auto, cpu, cuda"),
         (["serve", "--port", "0", "--device", "cuda:99"], "--device cuda:99: this machine shows"),
         (["serve", "--dtype", "int3"], "--dtype 'int3' is not one of"),
+        (["serve", "--quantization", "q4"], "--quantization 'q4' is not one of auto, none, fp8"),
+        (["serve", "--fp8-activations", "1"], "--fp8-activations '1' is not one of auto, on, off"),
+        (["serve", "--port", "0", "--fp8-activations", "on"], "on needs FP8 weights"),
+        (["serve", "--yarn-attn-factor", "1"], "--yarn-attn-factor '1' is not one of checkpoint"),
         (["serve", "--kv-cache-memory", "lots"], "--kv-cache-memory 'lots' is not a size"),
         (["serve", "--page-size", "12"], "--page-size must be a power of two up to 128, got 12"),
         (["serve", "--max-num-seqs", "0"], "--max-num-seqs must be between 1 and 4096, got 0"),
@@ -165,7 +169,7 @@ def test_keys_are_shown_once_listed_without_the_secret_and_revoked(
 
 def test_help_teaches_every_command(fathom: Fathom) -> None:
     overview = fathom("--help").stdout
-    for command in ("serve", "chat", "keys", "pull"):
+    for command in ("serve", "chat", "inspect", "keys", "pull"):
         assert command in overview
         assert "Usage" in fathom(command, "--help").stdout
     assert "fathom serve deepseek-ai/" in fathom("serve", "--help").stdout

@@ -110,10 +110,100 @@ DEEPSEEK_V3: Config = {
     "bos_token_id": 0,
     "eos_token_id": 1,
 }
+DEEPSEEK_V1: Config = LLAMA | {
+    "architectures": ["DeepseekForCausalLM"],
+    "model_type": "deepseek",
+    "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekConfig"},
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 24,
+    "first_k_dense_replace": 1,
+    "moe_layer_freq": 1,
+    "n_routed_experts": 12,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 4,
+    "norm_topk_prob": False,
+    "scoring_func": "softmax",
+    "rms_norm_eps": 1e-6,
+}
+QWEN3: Config = LLAMA | {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 20,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000,
+    "rope_scaling": {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 64,
+        "attn_factor": 0.8782488562869419,
+    },
+}
+DEEPSEEK_V2: Config = {
+    key: value
+    for key, value in DEEPSEEK_V3.items()
+    if key not in ("num_nextn_predict_layers", "auto_map")
+} | {
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "model_type": "deepseek_v2",
+    "n_group": 4,
+    "topk_group": 2,
+    "norm_topk_prob": False,
+    "routed_scaling_factor": 16.0,
+    "scoring_func": "softmax",
+    "topk_method": "group_limited_greedy",
+}
+DEEPSEEK_V2_LITE: Config = DEEPSEEK_V2 | {
+    "q_lora_rank": None,
+    "n_group": 1,
+    "topk_group": 1,
+    "routed_scaling_factor": 1.0,
+    "topk_method": "greedy",
+    "rope_scaling": YARN_ROPE | {"factor": 40, "mscale": 0.707, "mscale_all_dim": 0.707},
+}
+DEEPSEEK_V32: Config = {key: value for key, value in DEEPSEEK_V3.items() if key != "auto_map"} | {
+    "architectures": ["DeepseekV32ForCausalLM"],
+    "model_type": "deepseek_v32",
+    "index_n_heads": 16,
+    "index_head_dim": 12,
+    "index_topk": 24,
+}
+FP8 = {
+    "activation_scheme": "dynamic",
+    "fmt": "e4m3",
+    "quant_method": "fp8",
+    "weight_block_size": [128, 128],
+}
+# wide enough that matrices have several blocks, the last ones partial
+FP8_SIZES = {
+    "hidden_size": 160,
+    "intermediate_size": 200,
+    "moe_intermediate_size": 136,
+    "q_lora_rank": 136,
+    "kv_lora_rank": 132,
+    "n_routed_experts": 8,
+}
+DEEPSEEK_V3_FP8 = DEEPSEEK_V3 | FP8_SIZES | {"quantization_config": FP8}
+DEEPSEEK_V31_FP8 = DEEPSEEK_V3_FP8 | {"quantization_config": FP8 | {"scale_fmt": "ue8m0"}}
+DEEPSEEK_V32_FP8 = (
+    DEEPSEEK_V32
+    | FP8_SIZES
+    | {
+        "quantization_config": FP8 | {"scale_fmt": "ue8m0"},
+        "index_head_dim": 136,
+    }
+)
 
 
 def make_tensors(config: Config, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensors:
-    """Random tensors under the released names; ``e_score_correction_bias`` is always float32."""
+    """Random tensors under the released names.
+
+    ``e_score_correction_bias`` and the indexer's norm are always float32; a config that declares
+    FP8 gets its matrices quantized.
+    """
     shapes = _v3_shapes(config) if "kv_lora_rank" in config else _dense_shapes(config)
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
@@ -122,6 +212,9 @@ def make_tensors(config: Config, *, seed: int = 0, dtype: torch.dtype = torch.fl
         if name.endswith("e_score_correction_bias"):
             tensors[name] = 0.2 * values
             continue
+        if "indexer.k_norm" in name:
+            tensors[name] = 0.3 * values + name.endswith("weight")
+            continue
         if "norm" in name:
             values = 1 + 0.3 * values
         elif name.endswith("bias"):
@@ -129,7 +222,42 @@ def make_tensors(config: Config, *, seed: int = 0, dtype: torch.dtype = torch.fl
         elif "embed_tokens" not in name:
             values /= math.sqrt(shape[-1])
         tensors[name] = values.to(dtype)
+    if "quantization_config" in config:
+        tensors |= _quantized(tensors, config["quantization_config"].get("scale_fmt") == "ue8m0")
     return tensors
+
+
+def _quantized(tensors: Tensors, ue8m0: bool) -> Tensors:
+    """Matrices and scales as V3 stores them, block by block."""
+    stored: Tensors = {}
+    for name, weight in tensors.items():
+        kept = ("embed_tokens", "lm_head", ".gate.", "eh_proj", "weights_proj", "shared_head.head")
+        if weight.dim() != 2 or any(part in name for part in kept):
+            continue
+        rows, columns = weight.shape
+        values = torch.empty(weight.shape, dtype=torch.float8_e4m3fn)
+        scales = torch.empty(math.ceil(rows / 128), math.ceil(columns / 128))
+        for i in range(scales.shape[0]):
+            for j in range(scales.shape[1]):
+                block = (slice(128 * i, 128 * i + 128), slice(128 * j, 128 * j + 128))
+                scale = float(weight[block].abs().max()) / 448
+                scales[i, j] = 2 ** math.ceil(math.log2(scale)) if ue8m0 else scale
+                values[block] = (weight[block].float() / scales[i, j]).to(torch.float8_e4m3fn)
+        stored[name] = values
+        stored[f"{name}_scale_inv"] = scales
+    return stored
+
+
+def dequantized(config: Config, tensors: Tensors) -> tuple[Config, Tensors]:
+    """The same model without FP8: every matrix multiplied out in float32."""
+    plain: Tensors = {}
+    for name, tensor in tensors.items():
+        if f"{name}_scale_inv" in tensors:
+            scales = tensors[f"{name}_scale_inv"].repeat_interleave(128, 0)[: tensor.shape[0]]
+            plain[name] = tensor.float() * scales.repeat_interleave(128, 1)[:, : tensor.shape[1]]
+        elif not name.endswith("_scale_inv"):
+            plain[name] = tensor
+    return {key: config[key] for key in config if key != "quantization_config"}, plain
 
 
 def write_checkpoint(
@@ -191,8 +319,16 @@ def _dense_shapes(config: Config) -> dict[str, tuple[int, ...]]:
             f"{attention}k_proj.weight": (kv_size, hidden),
             f"{attention}v_proj.weight": (kv_size, hidden),
             f"{attention}o_proj.weight": (hidden, q_size),
-            **_mlp_shapes(f"{prefix}mlp.", hidden, intermediate),
         }
+        if layer < config.get("first_k_dense_replace", config["num_hidden_layers"]):
+            shapes |= _mlp_shapes(f"{prefix}mlp.", hidden, intermediate)
+        else:
+            shapes |= _moe_shapes(config, f"{prefix}mlp.")
+        if config["model_type"] == "qwen3":
+            shapes |= {
+                f"{attention}q_norm.weight": (head_dim,),
+                f"{attention}k_norm.weight": (head_dim,),
+            }
         if config["model_type"] == "qwen2" or config["attention_bias"]:
             shapes |= {
                 f"{attention}q_proj.bias": (q_size,),
@@ -218,7 +354,7 @@ def _v3_shapes(config: Config) -> dict[str, tuple[int, ...]]:
         "model.norm.weight": (hidden,),
         "lm_head.weight": (vocab, hidden),
     }
-    for layer in range(num_layers + config["num_nextn_predict_layers"]):
+    for layer in range(num_layers + config.get("num_nextn_predict_layers", 0)):
         prefix = f"model.layers.{layer}."
         shapes |= _v3_layer_shapes(config, prefix, dense=layer < config["first_k_dense_replace"])
         if layer >= num_layers:
@@ -241,22 +377,42 @@ def _v3_layer_shapes(config: Config, prefix: str, *, dense: bool) -> dict[str, t
     shapes: dict[str, tuple[int, ...]] = {
         f"{prefix}input_layernorm.weight": (hidden,),
         f"{prefix}post_attention_layernorm.weight": (hidden,),
-        f"{attention}q_a_proj.weight": (q_rank, hidden),
-        f"{attention}q_a_layernorm.weight": (q_rank,),
-        f"{attention}q_b_proj.weight": (heads * (nope + rope), q_rank),
         f"{attention}kv_a_proj_with_mqa.weight": (kv_rank + rope, hidden),
         f"{attention}kv_a_layernorm.weight": (kv_rank,),
         f"{attention}kv_b_proj.weight": (heads * (nope + value), kv_rank),
         f"{attention}o_proj.weight": (hidden, heads * value),
     }
+    if q_rank is None:
+        shapes[f"{attention}q_proj.weight"] = (heads * (nope + rope), hidden)
+    else:
+        shapes |= {
+            f"{attention}q_a_proj.weight": (q_rank, hidden),
+            f"{attention}q_a_layernorm.weight": (q_rank,),
+            f"{attention}q_b_proj.weight": (heads * (nope + rope), q_rank),
+        }
+    if "index_topk" in config:
+        index_heads, index_dim = config["index_n_heads"], config["index_head_dim"]
+        shapes |= {
+            f"{attention}indexer.wq_b.weight": (index_heads * index_dim, q_rank),
+            f"{attention}indexer.wk.weight": (index_dim, hidden),
+            f"{attention}indexer.k_norm.weight": (index_dim,),
+            f"{attention}indexer.k_norm.bias": (index_dim,),
+            f"{attention}indexer.weights_proj.weight": (index_heads, hidden),
+        }
     if dense:
         return shapes | _mlp_shapes(mlp, hidden, config["intermediate_size"])
+    return shapes | _moe_shapes(config, mlp)
+
+
+def _moe_shapes(config: Config, mlp: str) -> dict[str, tuple[int, ...]]:
+    hidden = config["hidden_size"]
     num_experts, intermediate = config["n_routed_experts"], config["moe_intermediate_size"]
-    shapes |= {
+    shapes: dict[str, tuple[int, ...]] = {
         f"{mlp}gate.weight": (num_experts, hidden),
-        f"{mlp}gate.e_score_correction_bias": (num_experts,),
         **_mlp_shapes(f"{mlp}shared_experts.", hidden, config["n_shared_experts"] * intermediate),
     }
+    if config.get("topk_method") == "noaux_tc":
+        shapes[f"{mlp}gate.e_score_correction_bias"] = (num_experts,)
     for expert in range(num_experts):
         shapes |= _mlp_shapes(f"{mlp}experts.{expert}.", hidden, intermediate)
     return shapes

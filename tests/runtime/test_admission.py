@@ -19,6 +19,7 @@ INFO = EngineInfo(
     weight_bytes=4,
     device="cpu",
     dtype="float32",
+    quantization="none",
     max_model_len=10,
     max_num_seqs=2,
     max_step_tokens=8,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,30 @@ import torch
 
 from runtime.config import (
     Fields,
+    Fp8Checkpoint,
     GenerationDefaults,
     RopeConfig,
     parse_dtype,
+    parse_quantization,
     parse_rope,
     read_json,
+    without_attn_factor,
 )
 from runtime.errors import CheckpointError
 from runtime.models import FAMILIES
-from tests.runtime.checkpoints import DEEPSEEK_V3, LLAMA, LLAMA3_ROPE, QWEN2, YARN_ROPE, Config
+from tests.runtime.checkpoints import (
+    DEEPSEEK_V1,
+    DEEPSEEK_V2,
+    DEEPSEEK_V3,
+    DEEPSEEK_V32,
+    FP8,
+    LLAMA,
+    LLAMA3_ROPE,
+    QWEN2,
+    QWEN3,
+    YARN_ROPE,
+    Config,
+)
 
 
 def parse(config: Config) -> Any:
@@ -99,6 +115,22 @@ BAD_VALUES: list[tuple[Config, str, Any]] = [
     (DEEPSEEK_V3, "tie_word_embeddings", True),
     (DEEPSEEK_V3, "rope_interleave", False),
     (DEEPSEEK_V3, "first_k_dense_replace", 4),
+    (DEEPSEEK_V3, "norm_topk_prob", None),
+    (QWEN3, "use_sliding_window", True),
+    (QWEN3, "attention_bias", True),
+    (DEEPSEEK_V1, "norm_topk_prob", True),
+    (DEEPSEEK_V1, "scoring_func", "sigmoid"),
+    (DEEPSEEK_V1, "first_k_dense_replace", None),
+    (DEEPSEEK_V2, "norm_topk_prob", True),
+    (DEEPSEEK_V2, "scoring_func", "sigmoid"),
+    (DEEPSEEK_V2, "topk_method", "noaux_tc"),
+    (DEEPSEEK_V2, "topk_method", "greedy"),
+    (DEEPSEEK_V2, "n_group", None),
+    (DEEPSEEK_V32, "index_topk", 0),
+    (DEEPSEEK_V32, "index_head_dim", 6),
+    (DEEPSEEK_V32, "index_n_heads", None),
+    (DEEPSEEK_V32, "indexer_rope_interleave", True),
+    (DEEPSEEK_V32, "q_lora_rank", None),
 ]
 
 
@@ -119,7 +151,8 @@ def test_bad_value_names_file_and_key(config: Config, key: str, value: Any) -> N
         ({"type": "linear", "factor": 0.0}, "factor"),
         ({**LLAMA3_ROPE, "low_freq_factor": 4.0}, "low_freq_factor"),
         ({**LLAMA3_ROPE, "original_max_position_embeddings": None}, "original_max_position"),
-        ({**YARN_ROPE, "attn_factor": 0.87}, "attn_factor"),
+        ({**YARN_ROPE, "attn_factor": "0.87"}, "attn_factor"),
+        ({**YARN_ROPE, "attn_factor": 0}, "attn_factor"),
         ({**YARN_ROPE, "truncate": False}, "truncate"),
         ({**YARN_ROPE, "beta_fast": "32"}, "beta_fast"),
     ],
@@ -156,6 +189,41 @@ def test_no_dtype() -> None:
     assert parse_dtype(Fields({"dtype": None}, "config.json")) is None
 
 
+def test_attn_factor_cancels_yarns_own_or_is_ignored() -> None:
+    factors = [
+        parse_rope(Fields(config, "config.json"), 512).attention_factor
+        for config in (QWEN3, without_attn_factor(QWEN3))
+    ]
+    assert factors == pytest.approx([1.0, 0.1 * math.log(4) + 1], abs=1e-12)
+
+
+QUANTIZATIONS: list[tuple[Config, str]] = [
+    ({"quant_method": "gptq"}, "quant_method"),
+    ({}, "quant_method"),
+    (FP8 | {"fmt": "e5m2"}, "fmt"),
+    (FP8 | {"activation_scheme": "static"}, "activation_scheme"),
+    (FP8 | {"weight_block_size": [32, 32]}, "weight_block_size"),
+    (FP8 | {"weight_block_size": None}, "weight_block_size"),
+    (FP8 | {"scale_fmt": "e8m0"}, "scale_fmt"),
+]
+
+
+@pytest.mark.parametrize(("quantization", "key"), QUANTIZATIONS)
+def test_other_quantizations_are_refused(quantization: Config, key: str) -> None:
+    fields = Fields({"quantization_config": quantization}, "config.json")
+    with pytest.raises(CheckpointError, match=rf"^config\.json: quantization_config: {key}: "):
+        parse_quantization(fields)
+
+
+def test_scales_of_activations_follow_the_checkpoint() -> None:
+    def parsed(quantization: Config | None) -> Fp8Checkpoint | None:
+        return parse_quantization(Fields({"quantization_config": quantization}, "config.json"))
+
+    assert parsed(None) is None
+    assert parsed(FP8) == Fp8Checkpoint("float32")
+    assert parsed(FP8 | {"scale_fmt": "ue8m0"}) == Fp8Checkpoint("ue8m0")
+
+
 def test_mtp_layers_count_only_if_present() -> None:
     family = FAMILIES["DeepseekV3ForCausalLM"]
     present = {"model.layers.3.eh_proj.weight"}
@@ -166,8 +234,8 @@ def test_mtp_layers_count_only_if_present() -> None:
         family.parse_config(declared, ()),
         family.parse_config(undeclared, present),
     ]
-    assert [c.num_mtp_layers for c in configs] == [1, 0, 0]
-    assert [c.num_undeclared_mtp_layers for c in configs] == [0, 0, 1]
+    assert [len(c.mtp.loaded) for c in configs] == [1, 0, 0]
+    assert [len(c.mtp.ignored) for c in configs] == [0, 0, 1]
 
 
 def write_generation(folder: Path, values: Config) -> GenerationDefaults:

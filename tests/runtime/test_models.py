@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from kernels.batch import PagedBatch
-from runtime.config import Fields
-from runtime.models import FAMILIES, CausalLM
-from runtime.weights import build_model, cache_bytes_per_token, inspect_checkpoint, load_weights
+from runtime.models.layers import Fp8Format
+from runtime.weights import cache_bytes_per_token
 from tests.runtime import checkpoints
 from tests.runtime.checkpoints import (
+    DEEPSEEK_V1,
+    DEEPSEEK_V2,
+    DEEPSEEK_V2_LITE,
     DEEPSEEK_V3,
+    DEEPSEEK_V3_FP8,
+    DEEPSEEK_V32,
+    DEEPSEEK_V32_FP8,
     FATHOM_TINY,
     LINEAR_ROPE,
     LLAMA,
     LLAMA3_ROPE,
     QWEN2,
+    QWEN3,
     YARN_ROPE,
     Config,
     write_checkpoint,
 )
+from tests.runtime.pages import Pages, load, random_tokens, reference_logits
 
-PAGE_SIZE = 8
-NUM_PAGES = 64
 TOLERANCE = 1e-4
 
 CASES: dict[str, Config] = {
@@ -45,74 +48,6 @@ CASES: dict[str, Config] = {
     "deepseek_v3 one group, raw weights": DEEPSEEK_V3
     | {"n_group": 1, "topk_group": 1, "norm_topk_prob": False, "num_nextn_predict_layers": 0},
 }
-
-
-def load(folder: Path, dtype: torch.dtype = torch.float32) -> CausalLM:
-    checkpoint = inspect_checkpoint(folder)
-    model = build_model(checkpoint, device=torch.device("cpu"), dtype=dtype)
-    load_weights(checkpoint, model)
-    return model
-
-
-class Pages:
-    """Caches full of NaN and, per sequence, pages in no order; runs steps of chunks on a model."""
-
-    def __init__(self, model: CausalLM, dtype: torch.dtype = torch.float32) -> None:
-        self.model = model
-        self.caches = [
-            {
-                name: torch.full((NUM_PAGES, PAGE_SIZE, *shape), math.nan, dtype=dtype)
-                for name, shape in layer.items()
-            }
-            for layer in model.cache_spec()
-        ]
-        generator = torch.Generator().manual_seed(1)
-        self.free = torch.randperm(NUM_PAGES, generator=generator).tolist()
-        self.tables: dict[int, list[int]] = {}
-
-    def step(self, *chunks: tuple[int, list[int], int, int]) -> list[Tensor]:
-        """Chunks are (sequence, its tokens, start, end), single tokens first; logits of each."""
-        ids: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        for seq_id, tokens, start, end in chunks:
-            table = self.tables.setdefault(seq_id, [])
-            while len(table) * PAGE_SIZE < end:
-                table.append(self.free.pop())
-            ids += tokens[start:end]
-            positions += range(start, end)
-            slots += [table[p // PAGE_SIZE] * PAGE_SIZE + p % PAGE_SIZE for p in range(start, end)]
-        lens = [end - start for _, _, start, end in chunks]
-        context_lens = [end for _, _, _, end in chunks]
-        width = -(-max(context_lens) // PAGE_SIZE)
-        tables = [(self.tables[chunk[0]] + [0] * width)[:width] for chunk in chunks]
-        batch = PagedBatch(
-            positions=torch.tensor(positions),
-            slot_mapping=torch.tensor(slots),
-            cu_seqlens_q=torch.tensor([0, *torch.tensor(lens).cumsum(0)], dtype=torch.int32),
-            context_lens=torch.tensor(context_lens, dtype=torch.int32),
-            block_table=torch.tensor(tables, dtype=torch.int32),
-            num_decodes=sum(1 for length in lens if length == 1),
-            max_query_len=max(lens),
-            max_context_len=max(context_lens),
-        )
-        with torch.inference_mode():
-            hidden = self.model.forward(torch.tensor(ids), batch, self.caches)
-            return list(self.model.logits(hidden).split(lens))
-
-
-def reference_logits(folder: Path, tokens: list[int]) -> Tensor:
-    """[num_tokens, vocab] of transformers in float32."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    with torch.inference_mode():
-        return model.eval()(torch.tensor([tokens])).logits[0]
-
-
-def random_tokens(length: int, vocab_size: int, seed: int = 0) -> list[int]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(vocab_size, (length,), generator=generator).tolist()
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -166,10 +101,23 @@ def test_bfloat16_is_as_close_to_float32_as_transformers_is(name: str, tmp_path:
     assert ours_error <= 1.5 * (theirs - exact).abs().mean()
 
 
-@pytest.mark.parametrize("name", ["llama", "llama tied head", "qwen2", "deepseek_v3"])
+LAYOUTS = {
+    **{name: CASES[name] for name in ("llama", "llama tied head", "qwen2", "deepseek_v3")},
+    "qwen3": QWEN3,
+    "deepseek_v1": DEEPSEEK_V1,
+    "deepseek_v2_lite": DEEPSEEK_V2_LITE,
+    "deepseek_v2": DEEPSEEK_V2,
+    "deepseek_v32": DEEPSEEK_V32,
+    "deepseek_v3 fp8": DEEPSEEK_V3_FP8,
+    "deepseek_v32 fp8": DEEPSEEK_V32_FP8,
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_every_parameter_is_a_target(name: str, tmp_path: Path) -> None:
     """Targets cover each parameter's storage exactly once, so nothing stays uninitialised."""
-    model = load(write_checkpoint(tmp_path, CASES[name]))
+    fp8 = Fp8Format() if "fp8" in name else None
+    model = load(write_checkpoint(tmp_path, LAYOUTS[name]), fp8=fp8)
     covered: dict[int, int] = {}
     for target in model.weight_targets().values():
         assert target.is_contiguous()
@@ -180,65 +128,6 @@ def test_every_parameter_is_a_target(name: str, tmp_path: Path) -> None:
         for target in model.weight_targets().values()
     }
     assert covered == sizes
-
-
-REAL_LLAMA = LLAMA | {"hidden_size": 4096, "num_hidden_layers": 30, "vocab_size": 102400}
-REAL_SHAPES: dict[str, tuple[Config, int]] = {
-    "deepseek-llm-7b": (
-        REAL_LLAMA
-        | {"num_attention_heads": 32, "num_key_value_heads": 32, "intermediate_size": 11008},
-        6_910_365_696,
-    ),
-    "R1-Distill-Qwen-7B": (
-        QWEN2
-        | {
-            "hidden_size": 3584,
-            "num_hidden_layers": 28,
-            "num_attention_heads": 28,
-            "num_key_value_heads": 4,
-            "intermediate_size": 18944,
-            "vocab_size": 152064,
-        },
-        7_615_616_512,
-    ),
-    "DeepSeek-V3 without MTP": (
-        DEEPSEEK_V3
-        | {
-            "hidden_size": 7168,
-            "num_hidden_layers": 61,
-            "first_k_dense_replace": 3,
-            "num_attention_heads": 128,
-            "q_lora_rank": 1536,
-            "kv_lora_rank": 512,
-            "qk_nope_head_dim": 128,
-            "qk_rope_head_dim": 64,
-            "v_head_dim": 128,
-            "intermediate_size": 18432,
-            "moe_intermediate_size": 2048,
-            "n_routed_experts": 256,
-            "n_shared_experts": 1,
-            "num_experts_per_tok": 8,
-            "n_group": 8,
-            "topk_group": 4,
-            "vocab_size": 129280,
-        },
-        671_026_419_200,
-    ),
-}
-
-
-@pytest.mark.parametrize("name", REAL_SHAPES)
-def test_real_shapes_build_without_memory(name: str) -> None:
-    """The published parameter counts, on the meta device."""
-    config, num_parameters = REAL_SHAPES[name]
-    family = FAMILIES[config["architectures"][0]]
-    model = family.build(
-        family.parse_config(Fields(config, "config.json"), ()),
-        device=torch.device("meta"),
-        dtype=torch.bfloat16,
-        max_model_len=1,
-    )
-    assert sum(target.numel() for target in model.weight_targets().values()) == num_parameters
 
 
 def test_mtp_weights_are_loaded_into_their_own_layer(tmp_path: Path) -> None:
@@ -263,6 +152,8 @@ def test_router_stays_float32_in_a_bfloat16_model(tmp_path: Path) -> None:
 def test_cache_bytes_per_token(tmp_path: Path) -> None:
     dense = load(write_checkpoint(tmp_path / "llama", LLAMA))
     latent = load(write_checkpoint(tmp_path / "v3", DEEPSEEK_V3))
+    sparse = load(write_checkpoint(tmp_path / "v32", DEEPSEEK_V32))
+    assert cache_bytes_per_token(sparse, torch.bfloat16) == 3 * (20 + 8 + 12) * 2
     assert cache_bytes_per_token(dense, torch.bfloat16) == 2 * 2 * (2 * 8) * 2
     assert cache_bytes_per_token(latent, torch.float32) == 3 * (20 + 8) * 4
 

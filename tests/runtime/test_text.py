@@ -33,7 +33,7 @@ def without_think_tokens() -> Tokenizer:
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
     return Tokenizer(
-        backend, special_tokens={}, add_bos=False, template=None, eos_token_ids=frozenset()
+        backend, special_tokens={}, add_bos=False, chat=None, eos_token_ids=frozenset()
     )
 
 

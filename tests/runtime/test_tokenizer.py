@@ -75,6 +75,9 @@ def with_template(folder: Path, template: Any) -> Tokenizer:
     return Tokenizer.load(folder)
 
 
+EOS = "<｜end▁of▁sentence｜>"
+
+
 def user(content: Any, **more: Any) -> dict[str, Any]:
     return {"role": "user", "content": content, **more}
 
@@ -107,7 +110,9 @@ def test_chat_ids_equal_transformers(messages: list[dict[str, Any]], generate: b
         messages, add_generation_prompt=generate, tokenize=True, return_dict=False
     )
     assert ours.token_ids == expected
-    assert ours.text == tiny().render_chat(messages, add_generation_prompt=generate)
+    assert ours.text == theirs().apply_chat_template(
+        messages, add_generation_prompt=generate, tokenize=False
+    )
 
 
 @thorough
@@ -131,7 +136,7 @@ def test_released_templates_render_as_in_transformers(
     expected = reference.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=False, thinking=thinking
     )
-    assert tokenizer.render_chat(messages, thinking=thinking) == expected
+    assert tokenizer.encode_chat(messages, thinking=thinking).text == expected
 
 
 def test_one_beginning_of_sequence_token() -> None:
@@ -172,7 +177,6 @@ def test_no_text_becomes_a_control_token(text: str, role: str) -> None:
     prompt = tokenizer.encode_chat(hostile)
     assert [i for i in prompt.token_ids if i in control_ids] == expected
     assert b"".join(tokenizer.token_bytes[i] for i in prompt.token_ids).decode() == prompt.text
-    assert prompt.text == tokenizer.render_chat(hostile)
     assert f"x{text}" in prompt.text
 
 
@@ -180,7 +184,9 @@ def test_control_tokens_in_tools_and_variables_are_text(folder: Path) -> None:
     tokenizer = with_template(
         folder, "{{ messages[0].extra.deep | tojson }}{{ note }}{{ eos_token }}"
     )
-    prompt = tokenizer.encode_chat([user("", extra={"deep": ["<｜User｜>"]})], note="<think>")
+    prompt = tokenizer.encode_chat(
+        [user("", extra={"deep": ["<｜User｜>"]})], variables={"note": "<think>"}
+    )
     assert prompt.text == '["<｜User｜>"]<think><｜end▁of▁sentence｜>'
     assert [i for i in prompt.token_ids if i in (1, *tiny().encode("<｜User｜><think>"))] == [1]
 
@@ -223,13 +229,21 @@ def test_earlier_thoughts_are_dropped(folder: Path) -> None:
 
 
 def test_developer_means_system_and_no_content_is_empty() -> None:
-    assert tiny().render_chat([{"role": "developer", "content": "x"}]) == tiny().render_chat(
+    assert tiny().encode_chat([{"role": "developer", "content": "x"}]) == tiny().encode_chat(
         [{"role": "system", "content": "x"}]
     )
-    assert tiny().render_chat([user(None)]) == tiny().render_chat([user("")])
+    assert tiny().encode_chat([user(None)]) == tiny().encode_chat([user("")])
 
 
 # -- requests that fail --------------------------------------------------------------------------
+
+
+def test_a_tag_of_training_is_no_part_of_the_prompt(folder: Path) -> None:
+    template = (
+        "{% for m in messages %}{% generation %}{{ m.content }}"
+        "{% endgeneration %}{% endfor %}{{ eos_token }}"
+    )
+    assert with_template(folder, template).encode_chat([user("x")]).text == f"x{EOS}"
 
 
 @pytest.mark.parametrize(
@@ -263,12 +277,12 @@ def test_a_template_that_fails_fails_the_request(folder: Path, template: str) ->
 def test_the_template_s_complaint_reaches_the_client(folder: Path) -> None:
     tokenizer = with_template(folder, "{{ raise_exception('roles must alternate') }}")
     with pytest.raises(BadRequest, match="roles must alternate"):
-        tokenizer.render_chat([user("hi")])
+        tokenizer.encode_chat([user("hi")])
 
 
 def test_a_long_message_is_no_bomb(folder: Path) -> None:
     text = "x" * (MAX_RENDERED_CHARS // 4)
-    assert text in with_template(folder, R1_TEMPLATE).render_chat([user(text)])
+    assert text in with_template(folder, R1_TEMPLATE).encode_chat([user(text)]).text
 
 
 def test_no_template_is_said(folder: Path) -> None:
@@ -292,9 +306,9 @@ def test_lone_surrogates_are_refused(text: str) -> None:
 
 def test_named_templates_and_the_jinja_file(folder: Path) -> None:
     named = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]
-    assert with_template(folder, named).render_chat([user("x")]) == "D"
+    assert with_template(folder, named).encode_chat([user("x")]).text == "D"
     (folder / "chat_template.jinja").write_text("F")
-    assert Tokenizer.load(folder).render_chat([user("x")]) == "F"
+    assert Tokenizer.load(folder).encode_chat([user("x")]).text == "F"
 
 
 def test_end_of_sequence_ids(folder: Path) -> None:
