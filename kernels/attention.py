@@ -5,8 +5,8 @@
 
 ``kernels.attention_triton`` is the Triton body. The torch body gathers pages, heads before tokens,
 and multiplies by batches of heads. Keys are padded to the end of the key block of the query's own
-position, and rows to a multiple of 4, so a row has the same bits alone, among neighbours, decoded
-or in a chunk of any length; fp32 matmuls on CPUs give that for no other row counts.
+position, and rows by `pad_rows`, so a row has the same bits alone, among neighbours, decoded or in
+a chunk of any length.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ KEY_BLOCK = 64
 # gather itself; and scores held at a time for chunks
 MAX_GATHERED_ROWS = 2048
 MAX_SCORES = 1 << 22
+# torch.bmm multiplies matrices with fewer multiplications than this itself, not by MKL
+MIN_MULTIPLICATIONS = 400
 
 
 def paged_attention(
@@ -142,7 +144,8 @@ def attend_decodes(q: Tensor, keys: Tensor, values: Tensor, context_lens: Tensor
     """One query per sequence: [num_seqs, num_heads, v_head_dim] fp32, from scaled queries."""
     num_seqs, num_heads, dim = q.shape
     num_kv_heads, num_keys = keys.shape[1:3]
-    q = pad_rows(q.reshape(num_seqs * num_kv_heads, -1, dim))
+    least = num_keys * min(dim, values.shape[-1])
+    q = pad_rows(q.reshape(num_seqs * num_kv_heads, -1, dim), least)
     scores = torch.bmm(q, keys.view(-1, num_keys, dim).mT)  # [num_seqs * num_kv_heads, group, keys]
     beyond = torch.arange(num_keys) >= context_lens[:, None]
     scores.view(num_seqs, -1, num_keys).masked_fill_(beyond[:, None], float("-inf"))
@@ -167,7 +170,8 @@ def attend_chunk(q: Tensor, keys: Tensor, values: Tensor, first_position: int) -
         limit = max(MAX_SCORES // (num_heads * num_keys), 1)
         end = min(num_tokens, num_keys - first_position, at + limit)
         tile = q[at:end].view(end - at, num_kv_heads, group_size, dim).transpose(0, 1)
-        tile = pad_rows(tile.reshape(num_kv_heads, -1, dim))  # [num_kv_heads, tokens * group, dim]
+        least = num_keys * min(dim, values.shape[-1])
+        tile = pad_rows(tile.reshape(num_kv_heads, -1, dim), least)  # one row per token and head
         scores = torch.bmm(tile, keys[:, :num_keys].mT)
         rows = torch.arange(scores.shape[1]) // group_size + position
         future = torch.arange(num_keys - KEY_BLOCK, num_keys) > rows[:, None]
@@ -180,7 +184,13 @@ def attend_chunk(q: Tensor, keys: Tensor, values: Tensor, first_position: int) -
     return out
 
 
-def pad_rows(matrices: Tensor) -> Tensor:
-    """Zero rows up to a multiple of 4: on CPUs the bits of an fp32 row then ignore their number."""
-    missing = -matrices.shape[-2] % 4
+def pad_rows(matrices: Tensor, row_multiplications: int) -> Tensor:
+    """Add zero rows, so that on CPUs the bits of an fp32 row ignore how many rows there are.
+
+    They must be a multiple of 4 and enough for MKL. ``row_multiplications`` is what the smallest
+    product that follows takes for a row.
+    """
+    enough = -(-MIN_MULTIPLICATIONS // row_multiplications)
+    num_rows = -(-max(matrices.shape[-2], enough) // 4) * 4
+    missing = num_rows - matrices.shape[-2]
     return torch.nn.functional.pad(matrices, (0, 0, 0, missing)) if missing else matrices

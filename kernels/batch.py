@@ -24,6 +24,7 @@ class PagedBatch:
     num_decodes: int
     max_query_len: int  # longest chunk of the step
     max_context_len: int  # longest context of the step
+    min_chunk_context_len: int  # shortest context of those that are no decodes; 0: all are
 
     @property
     def num_tokens(self) -> int:

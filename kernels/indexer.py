@@ -131,8 +131,8 @@ def _scores(q: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
     at_once = max(MAX_SCORES // (num_heads * KEY_SLICE), 1)
     for first in range(0, num_tokens, at_once):
         rows = slice(first, min(first + at_once, num_tokens))
-        stacked = pad_rows(q[rows].reshape(1, -1, dim))  # [1, tokens * heads, index_dim]
-        by_head = pad_rows(weights[rows].unsqueeze(1))  # [tokens, 4, num_heads]
+        stacked = pad_rows(q[rows].reshape(1, -1, dim), dim * KEY_BLOCK)  # a row per token and head
+        by_head = pad_rows(weights[rows].unsqueeze(1), num_heads * KEY_BLOCK)  # row 0 counts
         for start in range(0, num_keys, KEY_SLICE):
             part = keys[None, start : start + KEY_SLICE]
             dots = torch.bmm(stacked, part.mT).relu_()[0, : by_head.shape[0] * num_heads]

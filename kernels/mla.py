@@ -150,28 +150,32 @@ def _first(batch: PagedBatch, num_positions: int) -> PagedBatch:
     counts = counts[batch.cu_seqlens_q.long()].diff()  # [num_seqs], tokens kept
     seqs = counts.nonzero()[:, 0]
     counts, context_lens = counts[seqs], batch.context_lens[seqs].clamp(max=num_positions)
+    num_decodes = int((seqs < batch.num_decodes).sum())
     return PagedBatch(
         positions=batch.positions[kept],
         slot_mapping=batch.slot_mapping[kept],
         cu_seqlens_q=torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32),
         context_lens=context_lens,
         block_table=batch.block_table[seqs],
-        num_decodes=int((seqs < batch.num_decodes).sum()),
+        num_decodes=num_decodes,
         max_query_len=int(counts.max()),
         max_context_len=int(context_lens.max()),
+        min_chunk_context_len=min(context_lens[num_decodes:].tolist(), default=0),
     )
 
 
 def absorb(q_nope: Tensor, kv_b_weight: Tensor) -> Tensor:
     """Queries in the space of the latents: [num_tokens, num_heads, rank]."""
     num_tokens, _, nope = q_nope.shape
-    by_head = pad_rows(q_nope.transpose(0, 1))  # [num_heads, num_tokens, nope]
+    least = kv_b_weight.shape[2] * q_nope.shape[2]
+    by_head = pad_rows(q_nope.transpose(0, 1), least)  # [num_heads, num_tokens, nope]
     return torch.bmm(by_head, kv_b_weight[:, :nope])[:, :num_tokens].transpose(0, 1)
 
 
 def expand_values(attended: Tensor, value_weight: Tensor) -> Tensor:
     """Head outputs of attended latents: [num_tokens, num_heads, rank] to [..., v]."""
-    by_head = pad_rows(attended.transpose(0, 1))  # [num_heads, num_tokens, rank]
+    least = value_weight.shape[1] * value_weight.shape[2]
+    by_head = pad_rows(attended.transpose(0, 1), least)  # [num_heads, num_tokens, rank]
     return torch.bmm(by_head, value_weight.mT)[:, : attended.shape[0]].transpose(0, 1)
 
 
@@ -225,13 +229,10 @@ def _launch_sparse(
         context_lens=torch.where(batch.context_lens > top_k, 0, batch.context_lens),
         max_context_len=min(batch.max_context_len, top_k),
     )
-    # a sequence alone is dense or sparse as a whole, which the host knows
-    has_dense = batch.num_seqs > 1 or batch.max_context_len <= top_k
-    if has_dense:
-        _attend_absorbed(heads, dense, scale, bound, attended)
+    _attend_absorbed(heads, dense, scale, bound, attended)
     sparse_mla_triton.attend_selected(heads, shape, batch, scale, selected, attended)
     out = expand_values(attended, kv_b_weight[:, nope:]).contiguous()
-    if has_dense:
+    if batch.min_chunk_context_len <= top_k:
         _attend_expanded(q_nope, q_pe, latent_cache, kv_b_weight, dense, scale, bound, out)
     return out
 

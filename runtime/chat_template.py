@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
@@ -61,7 +61,7 @@ class ChatRenderer(Protocol):
         client's: the caller looks for control tokens in it after this. Raises `BadRequest`.
         """
 
-    def render(self, messages: Sequence[Message], **variables: Any) -> str:
+    def render(self, messages: Sequence[Message], variables: Mapping[str, Any]) -> str:
         """The prompt. Raises `BadRequest` if the conversation has none."""
 
 
@@ -166,7 +166,7 @@ class ChatTemplate:
         """A template reads messages as they are."""
         return list(messages)
 
-    def render(self, messages: Sequence[Message], **variables: Any) -> str:
+    def render(self, messages: Sequence[Message], variables: Mapping[str, Any]) -> str:
         """The prompt. Raises `BadRequest` (``template_error``) with the template's complaint.
 
         Some templates want no content as None and some as "": where None fails, "" is tried.
@@ -179,8 +179,8 @@ class ChatTemplate:
         filled = [message | {"content": message.get("content") or ""} for message in messages]
         return self._render(filled, variables)
 
-    def _render(self, messages: Sequence[Message], variables: dict[str, Any]) -> str:
-        names = self._special_tokens | {"tools": None, "documents": None} | variables
+    def _render(self, messages: Sequence[Message], variables: Mapping[str, Any]) -> str:
+        names = self._special_tokens | {"tools": None, "documents": None} | dict(variables)
         names |= {"messages": list(messages), "range": _bounded_range()}
         parts: list[str] = []
         num_chars = 0

@@ -15,7 +15,7 @@ release's ``encoding/encoding_dsv32.py``.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from runtime.chat_template import Message
@@ -79,7 +79,7 @@ class V32Chat:
             for i, message in enumerate(messages)
         ]
 
-    def render(self, messages: Sequence[Message], **variables: Any) -> str:
+    def render(self, messages: Sequence[Message], variables: Mapping[str, Any]) -> str:
         """The prompt. Variables: ``thinking`` (default false) and ``tools`` (OpenAI's objects).
 
         Raises `BadRequest` for an unknown role and for results that do not fit the calls.
@@ -90,7 +90,11 @@ class V32Chat:
         parts = [BOS]
         if messages[0]["role"] != "system":
             parts.append(tools)
+        num_calls = num_results = 0  # of the last message that is no result, and since then
         for i, message in enumerate(messages):
+            is_result = message["role"] == "tool"
+            num_results = num_results + 1 if is_result else 0
+            num_calls = num_calls if is_result else len(message.get("tool_calls") or ())
             follows = THINK_START if thinking and i >= last_user else THINK_END
             content = message.get("content") or ""
             match message["role"]:
@@ -103,7 +107,17 @@ class V32Chat:
                         parts.append(f"{message.get('reasoning_content') or ''}{THINK_END}")
                     parts.append(f"{content}{_calls(message)}{EOS}")
                 case "tool":
-                    parts.append(_result(messages, i, content, follows))
+                    is_last = i + 1 == len(messages) or messages[i + 1]["role"] != "tool"
+                    if num_results > num_calls or (is_last and num_results < num_calls):
+                        raise BadRequest(
+                            f"messages[{i}]: {num_results} tool messages behind a message with "
+                            f"{num_calls} tool_calls",
+                            param="messages",
+                            code="template_error",
+                        )
+                    opening = "\n\n<function_results>" if num_results == 1 else ""
+                    closing = f"\n</function_results>\n\n{follows}" if is_last else ""
+                    parts.append(f"{opening}\n<result>{content}</result>{closing}")
                 case role:
                     raise BadRequest(
                         f"messages[{i}]: DeepSeek-V3.2 has no role {role!r}",
@@ -156,25 +170,6 @@ def _parameter(name: str, value: Any) -> str:
         f'<{DSML}parameter name="{name}" string="{"true" if is_string else "false"}">'
         f"{value if is_string else _json(value)}</{DSML}parameter>"
     )
-
-
-def _result(messages: Sequence[Message], i: int, content: str, follows: str) -> str:
-    """One result; the first opens the block, that of the last call closes it."""
-    caller = i
-    while caller >= 0 and messages[caller]["role"] == "tool":
-        caller -= 1
-    calls = messages[caller].get("tool_calls") if caller >= 0 else None
-    num_calls, number = len(calls or ()), i - caller
-    is_last = i + 1 == len(messages) or messages[i + 1]["role"] != "tool"
-    if number > num_calls or (is_last and number < num_calls):
-        raise BadRequest(
-            f"messages[{i}]: {number} tool messages behind a message with {num_calls} tool_calls",
-            param="messages",
-            code="template_error",
-        )
-    opening = "\n\n<function_results>" if number == 1 else ""
-    closing = f"\n</function_results>\n\n{follows}" if is_last else ""
-    return f"{opening}\n<result>{content}</result>{closing}"
 
 
 def _json(value: Any) -> str:

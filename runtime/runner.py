@@ -208,6 +208,7 @@ class ModelRunner:
             num_decodes=plan.num_decodes,
             max_query_len=int(lens.max()),
             max_context_len=max_context_len,
+            min_chunk_context_len=min(context_lens[plan.num_decodes :].tolist(), default=0),
         )
         return to_device(self.device, np.array(ids, np.int64)), batch
 

@@ -39,6 +39,7 @@ from runtime.config import (
 from runtime.errors import BadRequest, CheckpointError
 
 THINK_START, THINK_END = "<think>", "</think>"
+MAX_CONTROL_CHARS = 64  # of a control token's spelling; the longest of a release has 28
 MAX_DEPTH = 64  # of what a client gives the template
 BUILT_IN_CHATS: dict[str, Callable[[], ChatRenderer]] = {"DeepseekV32ForCausalLM": V32Chat}
 """For architectures whose releases have no chat template."""
@@ -81,6 +82,7 @@ class Tokenizer:
         self._add_bos = add_bos
         self._bos_ids = _ids_of(backend, special_tokens.get("bos_token"))
         self._control_finder = _control_finder(backend)
+        self._control_starts = _control_starts(backend)
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
@@ -145,8 +147,9 @@ class Tokenizer:
         """Render ``messages`` and encode the result.
 
         A control token's spelling inside a message, a tool or a variable is encoded as plain text.
-        An assistant's text up to ``</think>`` is its ``reasoning_content``, and the template
-        decides what of an earlier thought it repeats. The role ``developer`` means ``system``.
+        An assistant's text up to its last ``</think>`` is its ``reasoning_content``, and the
+        template decides what of an earlier thought it repeats. The role ``developer`` means
+        ``system``.
 
         Args:
             thinking: whether the answer is to begin with a thought, None for the template's
@@ -239,7 +242,7 @@ class Tokenizer:
                 param="messages",
                 code="template_error",
             )
-        rendered = self._chat.render(messages, **variables)
+        rendered = self._chat.render(messages, variables)
         _require_unicode(rendered, "messages")
         return rendered
 
@@ -267,7 +270,16 @@ class Tokenizer:
         while starts := self._control_positions(text):
             pieces = [text[a + 1 : b + 1] for a, b in zip([-1, *starts], starts, strict=False)]
             text = mark.join([*pieces, text[starts[-1] + 1 :]])
-        return text
+        # the text behind it could complete a control token that this one begins
+        return text + mark if self._begins_control(text) else text
+
+    def _begins_control(self, text: str) -> bool:
+        tail = text[-MAX_CONTROL_CHARS:]
+        ends = {tail[i:] for i in range(len(tail))}
+        if self._backend.normalizer is not None:
+            tail = self._backend.normalizer.normalize_str(tail)
+            ends |= {tail[i:] for i in range(len(tail))}
+        return not ends.isdisjoint(self._control_starts)
 
     def _control_positions(self, text: str) -> list[int]:
         [encoding] = self._control_finder.encode_batch([text])
@@ -297,6 +309,14 @@ def _control_finder(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
         [tokenizers.AddedToken(token.content, normalized=token.normalized) for token in controls]
     )
     return finder
+
+
+def _control_starts(backend: tokenizers.Tokenizer) -> frozenset[str]:
+    """What could become a control token's spelling with more text behind it."""
+    controls = filter(_is_control, backend.get_added_tokens_decoder().values())
+    return frozenset(
+        token.content[:end] for token in controls for end in range(1, len(token.content))
+    )
 
 
 def _require_unicode(text: str, param: str) -> None:

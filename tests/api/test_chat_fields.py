@@ -123,7 +123,13 @@ TABLE: dict[str, tuple[list[Any], list[tuple[Any, str]]]] = {
         [("some", "invalid_value"), (1, "invalid_value")],
     ),
     "chat_template_kwargs": (
-        [{}, {"thinking": True}, {"enable_thinking": False}, {"other": [1, {"a": "<think>"}]}],
+        [
+            {},
+            {"thinking": True},
+            {"enable_thinking": False},
+            {"other": [1, {"a": "<think>"}]},
+            {"self": 1, "": 2},
+        ],
         [
             ({"thinking": "yes"}, TYPE),
             ({"enable_thinking": 1}, TYPE),

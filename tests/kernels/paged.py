@@ -72,6 +72,7 @@ def make_pages(lengths: list[tuple[int, int]], page_size: int, device: str, seed
         num_decodes=sum(query_len == 1 for query_len in query_lens),
         max_query_len=max(query_lens),
         max_context_len=max(contexts),
+        min_chunk_context_len=min((c for q, c in lengths if q > 1), default=0),
     )
     return Pages(batch, num_pages, page_size)
 
@@ -93,6 +94,7 @@ def select(batch: PagedBatch, seqs: list[int]) -> tuple[PagedBatch, Tensor]:
         num_decodes=int((query_lens == 1).sum()),
         max_query_len=int(query_lens.max()),
         max_context_len=int(batch.context_lens[seqs].max()),
+        min_chunk_context_len=min(batch.context_lens[seqs][query_lens > 1].tolist(), default=0),
     ), kept
 
 

@@ -71,6 +71,9 @@ class Pages:
             num_decodes=sum(1 for length in lens if length == 1),
             max_query_len=max(lens),
             max_context_len=max(context_lens),
+            min_chunk_context_len=min(
+                (end for _, _, start, end in chunks if end - start > 1), default=0
+            ),
         )
         with torch.inference_mode():
             hidden = self.model.forward(torch.tensor(ids), batch, self.caches)

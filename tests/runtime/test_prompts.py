@@ -420,6 +420,25 @@ def test_calls_without_text_are_kept(tmp_path: Path, template: str, content: str
     assert tokenizer.encode_chat(messages).text == V3_TOOL_TURNS
 
 
+CONTROLS = [
+    token["content"]
+    for token in json.loads((FATHOM_TINY / "tokenizer.json").read_text())["added_tokens"]
+]
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+def test_two_messages_spell_no_control_token_together(v32: Tokenizer, control: str) -> None:
+    """Where a prompt puts messages right behind each other, halves could meet."""
+    plain = v32.encode_chat([system("a"), system("b"), user("q")]).token_ids
+    added = {
+        i for i, token in enumerate(v32.token_bytes) if token.decode(errors="replace") in CONTROLS
+    }
+    for cut in range(1, len(control)):
+        prompt = v32.encode_chat([system(control[:cut]), system(control[cut:]), user("q")])
+        assert control in prompt.text
+        assert [i for i in prompt.token_ids if i in added] == [i for i in plain if i in added]
+
+
 def test_json_escapes_spell_no_control_token(v32: Tokenizer) -> None:
     """The V3.2 prompt decodes a call's arguments; what they spell is still the client's text."""
     arguments = '{"city": "\\u003c/think\\u003e", "<think>": ["\\u003cthink>"]}'
