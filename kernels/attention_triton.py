@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.batch import PagedBatch
+from kernels.dispatch import capability_of
 
 LOG2_E = 1.4426950408889634
 NO_LIMIT = 2**31 - 1
@@ -287,14 +288,6 @@ def _block(dim: int) -> int:
 
 
 @functools.cache
-def capability_of(device: torch.device) -> int:
-    """Compute capability, 90 for sm_90; the interpreter takes the tiles of an H200."""
-    if device.type != "cuda":
-        return 90
-    major, minor = torch.cuda.get_device_capability(device)
-    return major * 10 + minor
-
-
 @dataclass(frozen=True, slots=True)
 class PagedHeads:
     """Queries and pages of one launch; tails are None where a head dimension is a power of two."""

@@ -20,6 +20,14 @@ def use_triton(tensor: Tensor) -> bool:
     return tensor.is_cuda or interpreting()
 
 
+def capability_of(device: torch.device) -> int:
+    """Compute capability, 90 for sm_90; the interpreter takes the tiles of an H200."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return major * 10 + minor
+
+
 def multiplies_fp8(device: torch.device) -> bool:
     """Whether the chip has fp8 matrix units (Ada, sm_89, and later)."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+    return device.type == "cuda" and capability_of(device) >= 89

@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.attention_triton import capability_of
 from kernels.batch import PagedBatch
+from kernels.dispatch import capability_of
 from kernels.sparse_mla_triton import sequence_of_row
 
 BLOCK_HEADS = 8

@@ -23,11 +23,11 @@ from kernels.attention_triton import (
     HeadShape,
     PagedHeads,
     attention_config,
-    capability_of,
     combine_config,
     combine_splits_kernel,
 )
 from kernels.batch import PagedBatch
+from kernels.dispatch import capability_of
 
 # chosen keys per split of a decode: 8 splits of 2048, so that one decode fills a chip
 SELECTED_SPLIT = 256

@@ -8,9 +8,8 @@ Both spellings of the field are understood: the released one (``torch_dtype``, `
 from __future__ import annotations
 
 import json
-import math
 import stat
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 
 from kernels.quant import ActivationScale
+from kernels.rope import yarn_mscale
 from runtime.errors import CheckpointError
 
 MAX_JSON_BYTES = 64 << 20
@@ -213,9 +213,9 @@ def _parse_yarn(rope: Fields, theta: float, original: int, max_position: int) ->
     mscale = rope.number("mscale", 0.0, low=0.0, high=100.0)
     mscale_all_dim = rope.number("mscale_all_dim", 0.0, low=0.0, high=100.0)
     if mscale and mscale_all_dim:
-        attention_factor = _yarn_mscale(factor, mscale) / _yarn_mscale(factor, mscale_all_dim)
+        attention_factor = yarn_mscale(factor, mscale) / yarn_mscale(factor, mscale_all_dim)
     else:
-        attention_factor = _yarn_mscale(factor, 1.0)
+        attention_factor = yarn_mscale(factor, 1.0)
     attention_factor = rope.number("attention_factor", attention_factor, low=1e-3, high=1e3)
     # R1-0528-Qwen3-8B: the factor of its own cancels YaRN's exactly (0.8782 * 1.1386 = 1)
     attn_factor = rope.number("attn_factor", 1.0, low=1e-3, high=1e3)
@@ -233,10 +233,6 @@ def _parse_yarn(rope: Fields, theta: float, original: int, max_position: int) ->
         mscale_all_dim=mscale_all_dim,
         attention_factor=attention_factor * attn_factor,
     )
-
-
-def _yarn_mscale(factor: float, mscale: float) -> float:
-    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def without_attn_factor(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -273,6 +269,15 @@ def parse_quantization(config: Fields) -> Fp8Checkpoint | None:
         raise quantization.error("weight_block_size", f"{show(block)} is not [128, 128]")
     ue8m0 = quantization.choice("scale_fmt", ("float32", "ue8m0"), "float32") == "ue8m0"
     return Fp8Checkpoint("ue8m0" if ue8m0 else "float32")
+
+
+def parse_architecture(config: Fields, known: Collection[str]) -> str:
+    """The first of ``architectures``. Raises `CheckpointError` unless it is a known one."""
+    named = config.raw("architectures")
+    name = named[0] if isinstance(named, list) and named else named
+    if not isinstance(name, str) or name not in known:
+        raise config.error("architectures", f"{show(name)} is not one of {', '.join(known)}")
+    return name
 
 
 def parse_dtype(config: Fields) -> torch.dtype | None:

@@ -5,7 +5,7 @@ huggingface_hub is imported by the functions: local folders need not pay its hal
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,21 +26,25 @@ class StoredFiles:
     dtypes: tuple[str, ...]  # as the headers spell them
 
 
-def cached_folder(hub_id: str) -> Path | None:
-    """The Hugging Face cache's folder, if it has the config and every weight."""
+def cached_snapshot(hub_id: str) -> Path | None:
+    """The Hugging Face cache's folder of a hub id, complete or not; None if there is none."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        folder = Path(snapshot_download(hub_id, local_files_only=True))
+        return Path(snapshot_download(hub_id, local_files_only=True))
     except (LocalEntryNotFoundError, OSError, ValueError):
         return None
-    if not (folder / "config.json").exists():
-        return None
-    if not (folder / INDEX_NAME).exists():
-        return folder if (folder / SINGLE_FILE).exists() else None
-    file_names = set(read_weight_map(folder / INDEX_NAME).values())
-    return folder if all((folder / name).exists() for name in file_names) else None
+
+
+def missing_files(folder: Path, needed: Sequence[str]) -> list[str]:
+    """Of ``needed`` and the weights, what this folder has not, as after a broken download."""
+    index = folder / INDEX_NAME
+    if index.exists():
+        needed = [*needed, *sorted(set(read_weight_map(index).values()))]
+    elif not any(folder.glob("*.safetensors")):
+        needed = [*needed, SINGLE_FILE]
+    return [name for name in needed if not (folder / name).exists()]
 
 
 def fetch_config(hub_id: str) -> Path:

@@ -15,25 +15,28 @@ from typing import Any
 
 import torch
 
-from runtime.config import Fields, is_there, parse_quantization, read_json, show
+from runtime.config import Fields, is_there, parse_architecture, parse_quantization, read_json
 from runtime.engine_config import DEFAULT_PAGE_SIZE, WORKSPACE_BYTES
 from runtime.errors import CheckpointError
 from runtime.hub_files import (
     StoredFiles,
     by_size,
-    cached_folder,
+    cached_snapshot,
     fetch_config,
     fetch_headers,
+    missing_files,
     read_index,
 )
 from runtime.models import FAMILIES, CausalLM, ModelConfig
 from runtime.models.deepseek_v4 import (
-    DRAFT_PREFIX,
-    TABLE_SUFFIX,
     DeepseekV4Config,
-    cache_values_per_token,
     parse_deepseek_v4,
     parse_deepseek_v41,
+)
+from runtime.models.deepseek_v4_layout import (
+    DRAFT_PREFIX,
+    TABLE_SUFFIX,
+    cache_values_per_token,
     tensor_layout,
     window_values,
 )
@@ -125,7 +128,7 @@ def _inspect_folder(model: str, folder: Path) -> ModelReport:
     """Files are checked as `fathom serve` checks them; without files config.json has to do."""
     config_path = folder / "config.json"
     fields = Fields(read_json(config_path), str(config_path))
-    architecture = _architecture(fields)
+    architecture = parse_architecture(fields, FAMILIES | LAYOUTS)
     if not any(folder.glob("*.safetensors")):
         index_path = folder / INDEX_NAME
         if not is_there(index_path):
@@ -147,24 +150,16 @@ def _inspect_folder(model: str, folder: Path) -> ModelReport:
 
 def _inspect_hub(hub_id: str) -> ModelReport:
     """From the cache if everything is there, else config.json and what tells about the files."""
-    if (folder := cached_folder(hub_id)) is not None:
+    folder = cached_snapshot(hub_id)
+    if folder is not None and not missing_files(folder, ["config.json"]):
         return _inspect_folder(hub_id, folder)
     fields = Fields(read_json(fetch_config(hub_id)), f"{hub_id}: config.json")
-    architecture = _architecture(fields)
+    architecture = parse_architecture(fields, FAMILIES | LAYOUTS)
     names, stored = fetch_headers(hub_id)
     return _report(hub_id, architecture, fields, names, stored)
 
 
 # -- what follows from them ----------------------------------------------------------------------
-
-
-def _architecture(fields: Fields) -> str:
-    named = fields.raw("architectures")
-    name = named[0] if isinstance(named, list) and named else named
-    if not isinstance(name, str) or name not in FAMILIES.keys() | LAYOUTS.keys():
-        known = ", ".join([*FAMILIES, *LAYOUTS])
-        raise fields.error("architectures", f"{show(name)} is not one of {known}")
-    return name
 
 
 def _report(
@@ -209,7 +204,9 @@ def _describe_family(
     model = build(None)
     targets = model.weight_targets()
     sizes = {name: tensor.numel() * num_copies(name) for name, tensor in targets.items()}
-    _check_size(fields, sum(sizes.values()), sum(tensor.shape[0] for tensor in targets.values()))
+    _check_num_parameters(
+        fields, sum(sizes.values()), sum(tensor.shape[0] for tensor in targets.values())
+    )
     mtp = getattr(config, "mtp", None)
     prefixes = tuple(f"model.layers.{i}." for i in mtp.loaded) if mtp else ()
     num_mtp = sum(size for name, size in sizes.items() if name.startswith(prefixes))
@@ -274,7 +271,7 @@ def _describe_layout(
             num_parameters += tensor.num_parameters
             num_routed += tensor.num_parameters if ".ffn.experts." in name else 0
     num_in_all = num_parameters + sum(extra.values())
-    _check_size(fields, num_in_all, 0)
+    _check_num_parameters(fields, num_in_all, 0)
     released = config.expert_storage.value
     return {
         "num_layers": config.num_layers,
@@ -306,7 +303,7 @@ def _num_idle(
     return num_routed // experts.num_experts * num_idle + config.vocab_size * config.hidden_size
 
 
-def _check_size(fields: Fields, num_parameters: int, num_rows: int) -> None:
+def _check_num_parameters(fields: Fields, num_parameters: int, num_rows: int) -> None:
     """A config that lies about its size is refused before it takes time and memory."""
     if num_parameters > MAX_PARAMETERS or num_rows > MAX_ROWS:
         raise CheckpointError(

@@ -22,21 +22,23 @@ from runtime.config import (
     Fields,
     Fp8Checkpoint,
     GenerationDefaults,
+    parse_architecture,
     parse_dtype,
     parse_quantization,
     read_json,
-    show,
     without_attn_factor,
 )
 from runtime.errors import CheckpointError
 from runtime.fill import FP8, STORED_DTYPES, fill_from_file, least_read, open_file
+from runtime.hub_files import cached_snapshot, missing_files
 from runtime.models import FAMILIES, CausalLM, Family, ModelConfig
 from runtime.models.layers import SCALE_SUFFIX, Fp8Format
-from runtime.shards import INDEX_NAME, StoredTensor, read_headers, read_weight_map, some_names
+from runtime.shards import StoredTensor, read_headers, some_names
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all)."""
 
+NEEDED_FILES = ("config.json", "tokenizer.json")  # beside the weights
 PULL_PATTERNS = ["*.safetensors", "*.json", "*.jinja"]
 MAX_BUFFER_BYTES = 32 << 20
 BUFFER_SHARE = 32  # the read buffer is this part of the checkpoint, up to its maximum
@@ -77,8 +79,10 @@ def find_checkpoint(model: str) -> Path:
         raise CheckpointError(f"{model}: {getattr(error, 'strerror', None) or error}") from None
     if not is_hub_id(model):
         raise CheckpointError(f"{model}: no such folder, and not a hub id (organisation/name)")
-    cached = _cached_snapshot(model)
-    return cached if cached is not None and not _missing_files(cached) else pull(model)
+    cached = cached_snapshot(model)
+    if cached is not None and not missing_files(cached, NEEDED_FILES):
+        return cached
+    return pull(model)
 
 
 def is_hub_id(model: str) -> bool:
@@ -105,33 +109,12 @@ def pull(hub_id: str) -> Path:
             f"{hub_id}: not found in the Hugging Face cache and the download failed "
             f"({type(error).__name__}: {reason}); try again with `fathom pull {hub_id}`"
         ) from None
-    if missing := _missing_files(folder):
+    if missing := missing_files(folder, NEEDED_FILES):
         raise CheckpointError(
             f"{hub_id}: {some_names(missing)}: not in the repository, or not downloaded yet; "
             f"with a network, `fathom pull {hub_id}` fetches what is there"
         )
     return folder
-
-
-def _cached_snapshot(hub_id: str) -> Path | None:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(hub_id, local_files_only=True))
-    except (LocalEntryNotFoundError, OSError):
-        return None
-
-
-def _missing_files(folder: Path) -> list[str]:
-    """What a complete checkpoint has and this folder has not, as after a broken download."""
-    needed = ["config.json", "tokenizer.json"]
-    index = folder / INDEX_NAME
-    if index.exists():
-        needed += sorted(set(read_weight_map(index).values()))
-    elif not any(folder.glob("*.safetensors")):
-        needed.append("model.safetensors")
-    return [name for name in needed if not (folder / name).exists()]
 
 
 # -- headers -------------------------------------------------------------------------------------
@@ -146,13 +129,13 @@ def inspect_checkpoint(folder: Path, *, ignore_attn_factor: bool = False) -> Che
     config_path = folder / "config.json"
     values = read_json(config_path)
     fields = Fields(without_attn_factor(values) if ignore_attn_factor else values, str(config_path))
-    architecture = _architecture(fields)
+    architecture = parse_architecture(fields, FAMILIES)
     fp8 = parse_quantization(fields)
     family = FAMILIES[architecture]
     dtype = parse_dtype(fields)
     stored = read_headers(folder)
     config = family.parse_config(fields, stored.keys())
-    _check_size(fields, config, len(stored))
+    _check_num_layers(fields, config, len(stored))
     model = family.build(
         config,
         device=torch.device("meta"),
@@ -183,15 +166,7 @@ def inspect_checkpoint(folder: Path, *, ignore_attn_factor: bool = False) -> Che
     )
 
 
-def _architecture(fields: Fields) -> str:
-    named = fields.raw("architectures")
-    name = named[0] if isinstance(named, list) and named else named
-    if not isinstance(name, str) or name not in FAMILIES:
-        raise fields.error("architectures", f"{show(name)} is not one of {', '.join(FAMILIES)}")
-    return name
-
-
-def _check_size(fields: Fields, config: ModelConfig, num_stored: int) -> None:
+def _check_num_layers(fields: Fields, config: ModelConfig, num_stored: int) -> None:
     """A config that lies about its size is refused before a model of that size is laid out."""
     experts = getattr(config, "experts", None)  # of the families that have them
     num_expert_layers = config.num_layers - experts.num_dense_layers if experts else 0

@@ -18,9 +18,14 @@ from runtime.models.decoder import (
     DecoderLayer,
     parse_decoder,
 )
-from runtime.models.experts import ExpertsConfig, MoE, SoftmaxRouter, parse_experts
+from runtime.models.experts import (
+    ExpertsConfig,
+    SoftmaxRouter,
+    dense_or_experts,
+    parse_experts,
+)
 from runtime.models.grouped_query import GroupedQueryAttention, HeadsConfig, parse_heads
-from runtime.models.layers import Fp8Format, GatedMLP, Placement
+from runtime.models.layers import Fp8Format, Placement
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,10 +61,7 @@ def build_deepseek_v1(
     experts, hidden_size = config.experts, config.hidden_size
 
     def mlp(layer_id: int) -> MLP:
-        if layer_id < experts.num_dense_layers:
-            return GatedMLP(hidden_size, experts.intermediate_size, placement)
-        router = SoftmaxRouter(experts, hidden_size, placement)
-        return MoE(experts, hidden_size, router, placement)
+        return dense_or_experts(experts, hidden_size, layer_id, SoftmaxRouter, placement)
 
     layers = [
         DecoderLayer(

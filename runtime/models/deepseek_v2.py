@@ -19,14 +19,19 @@ from runtime.models.decoder import (
     DecoderLayer,
     parse_decoder,
 )
-from runtime.models.experts import ExpertsConfig, MoE, SoftmaxRouter, parse_experts
+from runtime.models.experts import (
+    ExpertsConfig,
+    SoftmaxRouter,
+    dense_or_experts,
+    parse_experts,
+)
 from runtime.models.latent import (
     DirectQueryAttention,
     LatentAttention,
     LatentConfig,
     parse_latent,
 )
-from runtime.models.layers import Fp8Format, GatedMLP, Placement
+from runtime.models.layers import Fp8Format, Placement
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,10 +70,7 @@ def build_deepseek_v2(
         return LatentAttention(latent, latent.q_lora_rank, hidden_size, config.rope, placement)
 
     def mlp(layer_id: int) -> MLP:
-        if layer_id < experts.num_dense_layers:
-            return GatedMLP(hidden_size, experts.intermediate_size, placement)
-        router = SoftmaxRouter(experts, hidden_size, placement)
-        return MoE(experts, hidden_size, router, placement)
+        return dense_or_experts(experts, hidden_size, layer_id, SoftmaxRouter, placement)
 
     layers = [
         DecoderLayer(config, attention(), mlp(layer_id), placement)

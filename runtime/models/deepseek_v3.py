@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from runtime.config import Fields
-from runtime.models.decoder import MLP, Decoder, DecoderConfig, DecoderLayer, parse_decoder
-from runtime.models.experts import ExpertsConfig, MoE, SigmoidRouter, parse_experts
+from runtime.models.decoder import (
+    Attention,
+    Decoder,
+    DecoderConfig,
+    DecoderLayer,
+    parse_decoder,
+)
+from runtime.models.experts import (
+    ExpertsConfig,
+    SigmoidRouter,
+    dense_or_experts,
+    parse_experts,
+)
 from runtime.models.latent import LatentAttention, LatentConfig, parse_latent
-from runtime.models.layers import Fp8Format, GatedMLP, Placement
+from runtime.models.layers import Fp8Format, Placement
 from runtime.models.mtp import MTPLayer, MTPLayers, parse_mtp
 
 
@@ -50,15 +61,6 @@ def parse_v3_fields(fields: Fields, tensor_names: Container[str]) -> dict[str, A
     }
 
 
-def v3_mlp(config: DeepseekV3Config, layer_id: int, placement: Placement) -> MLP:
-    """Dense in the first layers, then experts."""
-    experts, hidden_size = config.experts, config.hidden_size
-    if layer_id < experts.num_dense_layers:
-        return GatedMLP(hidden_size, experts.intermediate_size, placement)
-    router = SigmoidRouter(experts, hidden_size, placement)
-    return MoE(experts, hidden_size, router, placement)
-
-
 def build_deepseek_v3(
     config: DeepseekV3Config,
     *,
@@ -70,11 +72,27 @@ def build_deepseek_v3(
     """V3 with its MTP layers, parameters uninitialised."""
     placement = Placement(device, dtype, fp8)
 
-    def layer(layer_id: int) -> DecoderLayer:
-        attention = LatentAttention(
+    def attention() -> Attention:
+        return LatentAttention(
             config.latent, config.q_lora_rank, config.hidden_size, config.rope, placement
         )
-        return DecoderLayer(config, attention, v3_mlp(config, layer_id, placement), placement)
+
+    return v3_decoder(config, attention, placement, max_model_len)
+
+
+def v3_decoder(
+    config: DeepseekV3Config,
+    make_attention: Callable[[], Attention],
+    placement: Placement,
+    max_model_len: int,
+) -> Decoder:
+    """All of V3 around an attention, which V3.2 replaces."""
+
+    def layer(layer_id: int) -> DecoderLayer:
+        mlp = dense_or_experts(
+            config.experts, config.hidden_size, layer_id, SigmoidRouter, placement
+        )
+        return DecoderLayer(config, make_attention(), mlp, placement)
 
     return Decoder(
         config,

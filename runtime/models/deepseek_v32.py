@@ -4,8 +4,9 @@
     score[t, s] = Σ_h w[t, h] · relu(q_I[t, h] · k_I[s]),  w = weights_proj(x) · H_I^-0.5 · d^-0.5
 
 Each token attends to the ``index_topk`` best of its context; while the context is no longer than
-that, to all of it. The release also turns q_I and k_I by a Hadamard matrix and quantizes them to
-FP8; the turn changes no score, so both are left out, and keys are cached in the cache's dtype.
+that, to all of it. The release also turns q_I and k_I by a Hadamard matrix, which changes no score,
+and quantizes them to FP8, which only approximates the scores: as in transformers both are left out,
+and keys are cached in the cache's dtype.
 """
 
 from __future__ import annotations
@@ -19,11 +20,10 @@ from torch import Tensor
 from kernels.batch import PagedBatch
 from kernels.indexer import norm_rope_and_write_index, select_keys
 from runtime.config import MAX_POSITION, Fields
-from runtime.models.decoder import CacheSpec, Decoder, DecoderLayer
-from runtime.models.deepseek_v3 import DeepseekV3Config, parse_v3_fields, v3_mlp
+from runtime.models.decoder import CacheSpec, Decoder
+from runtime.models.deepseek_v3 import DeepseekV3Config, parse_v3_fields, v3_decoder
 from runtime.models.latent import LatentHeads, QueryLatent
 from runtime.models.layers import Fp8Format, Linear, Placement, Targets
-from runtime.models.mtp import MTPLayer
 
 INDEX_NORM_EPS = 1e-6  # of the indexer's LayerNorm, which config.json does not name
 
@@ -143,17 +143,6 @@ def build_deepseek_v32(
 ) -> Decoder:
     """V3.2 with its MTP layers, parameters uninitialised."""
     placement = Placement(device, dtype, fp8)
-
-    def layer(layer_id: int) -> DecoderLayer:
-        attention = SparseLatentAttention(config, placement)
-        return DecoderLayer(config, attention, v3_mlp(config, layer_id, placement), placement)
-
-    return Decoder(
-        config,
-        [layer(i) for i in range(config.num_layers)],
-        placement,
-        rope_dim=config.latent.qk_rope_head_dim,
-        max_model_len=max_model_len,
-        extra_layers=[MTPLayer(config, layer(i), placement) for i in config.mtp.loaded],
-        ignored_layers=config.mtp.ignored,
+    return v3_decoder(
+        config, lambda: SparseLatentAttention(config, placement), placement, max_model_len
     )

@@ -7,6 +7,7 @@ The router works in fp32 whatever the model's dtype: a rounded score chooses ano
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -151,6 +152,19 @@ class MoE:
             down = [f"{expert}down_proj.weight"]
             targets |= matrix_targets(down, [self.hidden_size], _expert(self.down, expert_id))
         return targets
+
+
+def dense_or_experts(
+    config: ExpertsConfig,
+    hidden_size: int,
+    layer_id: int,
+    make_router: Callable[[ExpertsConfig, int, Placement], Router],
+    placement: Placement,
+) -> GatedMLP | MoE:
+    """The first layers have one wide MLP, the others a mixture of experts."""
+    if layer_id < config.num_dense_layers:
+        return GatedMLP(hidden_size, config.intermediate_size, placement)
+    return MoE(config, hidden_size, make_router(config, hidden_size, placement), placement)
 
 
 def _expert(weight: Tensor | Fp8Weight, expert_id: int) -> Tensor | Fp8Weight:

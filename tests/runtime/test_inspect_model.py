@@ -26,7 +26,8 @@ from runtime.inspect_model import (
     imagine_gpu,
 )
 from runtime.models import FAMILIES
-from runtime.models.deepseek_v4 import DeepseekV4Config, Storage, tensor_layout
+from runtime.models.deepseek_v4 import DeepseekV4Config, Storage
+from runtime.models.deepseek_v4_layout import tensor_layout
 from runtime.models.layers import SCALE_SUFFIX, Fp8Format
 
 ROOT = Path(__file__).parents[2]
