@@ -46,6 +46,17 @@ def _block_of(
 
 
 @triton.jit
+def _rows_of(start, end, order_ptr, top_k, SORTED_ROWS: tl.constexpr, BLOCK_M: tl.constexpr):
+    # which rows the block reads and which it writes, and which of them there are
+    positions = start + tl.arange(0, BLOCK_M)
+    is_row = positions < end
+    slots = tl.load(order_ptr + positions, mask=is_row, other=0)
+    row_ids = positions if SORTED_ROWS else slots // top_k
+    out_ids = slots if SORTED_ROWS else positions
+    return row_ids, out_ids, is_row
+
+
+@triton.jit
 def grouped_linear_kernel(
     rows_ptr,  # [num_tokens or num_slots, in_features]
     weights_ptr,  # [num_experts, out_features, in_features]
@@ -67,15 +78,7 @@ def grouped_linear_kernel(
     )
     if expert_id >= num_experts:
         return
-    positions = start + tl.arange(0, BLOCK_M)  # sorted positions
-    is_row = positions < end
-    slots = tl.load(order_ptr + positions, mask=is_row, other=0)
-    if SORTED_ROWS:
-        row_ids = positions
-        out_ids = slots
-    else:
-        row_ids = slots // top_k
-        out_ids = positions
+    row_ids, out_ids, is_row = _rows_of(start, end, order_ptr, top_k, SORTED_ROWS, BLOCK_M)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     is_column = columns < out_features
     expert_ptr = weights_ptr + expert_id.to(tl.int64) * out_features * in_features
@@ -130,15 +133,7 @@ def grouped_fp8_linear_kernel(
     )
     if expert_id >= num_experts:
         return
-    positions = start + tl.arange(0, BLOCK_M)  # sorted positions
-    is_row = positions < end
-    slots = tl.load(order_ptr + positions, mask=is_row, other=0)
-    if SORTED_ROWS:
-        row_ids = positions
-        out_ids = slots
-    else:
-        row_ids = slots // top_k
-        out_ids = positions
+    row_ids, out_ids, is_row = _rows_of(start, end, order_ptr, top_k, SORTED_ROWS, BLOCK_M)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     is_column = columns < out_features
     expert_ptr = values_ptr + expert_id.to(tl.int64) * out_features * in_features
