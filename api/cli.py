@@ -99,7 +99,7 @@ def main() -> None:
     try:
         sys.exit(app(standalone_mode=False))
     except FathomError as error:
-        console.print(f"fathom: {error}", markup=False)
+        console.print(f"fathom: {' '.join(str(error).splitlines())}", markup=False)
         sys.exit(2)
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)

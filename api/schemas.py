@@ -29,6 +29,7 @@ MAX_CHOICES = 8
 MAX_MESSAGES = 2048
 MAX_LOGIT_BIAS = 1024
 MAX_STOP_TOKEN_IDS = 1024
+MAX_VARIABLES_CHARS = 65_536  # of chat_template_kwargs as JSON
 PARTS = "<parts>"  # names of union branches; no JSON field is called so
 TEXT = "<text>"
 
@@ -73,6 +74,9 @@ OWN_ERRORS = frozenset(
         "object_above_max_properties",
     }
 )
+
+
+OBJECT_ERRORS = frozenset({"dict_type", "model_attributes_type", "model_type"})
 
 
 def _number(value: object) -> float:
@@ -257,9 +261,8 @@ def thinking_wanted(request: ChatRequest) -> bool | None:
     ``reasoning_effort``, and in ``chat_template_kwargs`` ``thinking`` or ``enable_thinking``.
     Raises `BadRequest` for one of the last two that is no boolean.
     """
-    if request.thinking is not None:
-        kind = request.thinking.type
-        return None if kind == "auto" else kind == "enabled"
+    if request.thinking is not None and request.thinking.type != "auto":
+        return request.thinking.type == "enabled"
     reasoning = request.reasoning or Reasoning()
     for switch in (request.enable_thinking, reasoning.enabled):
         if switch is not None:
@@ -282,8 +285,19 @@ def thinking_wanted(request: ChatRequest) -> bool | None:
 
 
 def template_variables(request: ChatRequest) -> dict[str, Any]:
-    """What else the client gives the chat template."""
+    """What else the client gives the chat template. Raises `BadRequest` for more than switches."""
     variables = request.chat_template_kwargs or {}
+    try:
+        num_chars = len(json.dumps(variables, ensure_ascii=False))
+    except RecursionError:
+        num_chars = MAX_VARIABLES_CHARS + 1
+    if num_chars > MAX_VARIABLES_CHARS:
+        raise BadRequest(
+            "Invalid 'chat_template_kwargs': nested too deeply, or more than "
+            f"{MAX_VARIABLES_CHARS} characters.",
+            param="chat_template_kwargs",
+            code="string_above_max_length",
+        )
     return {name: variables[name] for name in variables if name not in THINKING_VARIABLES}
 
 
@@ -365,9 +379,8 @@ def _bad_request(error: ErrorDetails) -> BadRequest:
         code = ERROR_CODES.get(kind, "invalid_type")
     if code == "missing_required_parameter":
         return BadRequest(f"Missing required parameter: '{path}'.", param=path, code=code)
-    return BadRequest(
-        f"Invalid '{path}': {error['msg']}, got {_show(value)}.", param=path, code=code
-    )
+    why = "Input should be an object" if kind in OBJECT_ERRORS else error["msg"]
+    return BadRequest(f"Invalid '{path}': {why}, got {_show(value)}.", param=path, code=code)
 
 
 def _path(location: tuple[int | str, ...]) -> str:

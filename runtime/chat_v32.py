@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from runtime.chat_template import Message
+from runtime.config import show
 from runtime.errors import BadRequest
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
@@ -137,8 +138,8 @@ def _parsed(call: dict[str, Any], index: int) -> dict[str, Any]:
             arguments = None
     if not isinstance(arguments, dict):
         raise BadRequest(
-            f"messages[{index}].tool_calls: the arguments of {function.get('name')!r} are not a "
-            "JSON object",
+            f"messages[{index}].tool_calls: the arguments of {show(function.get('name'))} are not "
+            "a JSON object",
             param=f"messages[{index}].tool_calls",
             code="invalid_value",
         )

@@ -153,7 +153,7 @@ class Fields:
             if isinstance(token_id, bool) or not isinstance(token_id, int):
                 raise self.error(key, f"{show(token_id)} is not a token id")
             if not 0 <= token_id < vocab_size:
-                raise self.error(key, f"{token_id} is outside the vocabulary of {vocab_size}")
+                raise self.error(key, f"{show(token_id)} is outside the vocabulary of {vocab_size}")
         return tuple(ids)
 
 
@@ -188,6 +188,8 @@ def parse_rope(config: Fields, max_position: int) -> RopeConfig:
     source = rope if rope.has("rope_theta") else config
     theta = source.number("rope_theta", 10000.0, low=2.0, high=1e12)
     kind_key = "rope_type" if rope.has("rope_type") else "type"
+    if rope.has("type") and rope.raw("type") != rope.raw(kind_key):
+        raise rope.error("type", f"{show(rope.raw('type'))}, but rope_type is another")
     kind = rope.choice(kind_key, ("default", "linear", "llama3", "yarn"), "default")
     if rope.raw("partial_rotary_factor", 1.0) != 1.0 or config.raw("partial_rotary_factor", 1) != 1:
         raise config.error("partial_rotary_factor", "only 1.0 is supported")

@@ -47,7 +47,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         if self.device not in ("auto", "cpu", "cuda") and not (
-            self.device.startswith("cuda:") and self.device[5:].isdecimal()
+            re.fullmatch(r"cuda:\d{1,3}", self.device, re.ASCII)
         ):
             raise ConfigError(f"--device {self.device!r} is not one of auto, cpu, cuda, cuda:N")
         for name, allowed in (

@@ -113,8 +113,8 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
                 )
             with safe_open(path, framework="pt"):
                 header = json.loads(file.read(num_header_bytes), object_pairs_hook=_unique_keys)
-    except (SafetensorError, OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or error
+    except (SafetensorError, OSError, ValueError, MemoryError) as error:
+        why = getattr(error, "strerror", None) or str(error) or "not enough memory to read it"
         raise CheckpointError(f"{path}: {one_line(str(why))}") from None
     header.pop("__metadata__", None)
     if len(header) > MAX_TENSORS_PER_FILE:

@@ -9,6 +9,7 @@ The chat template writes them; what a client says in a chat can never become one
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import secrets
@@ -39,6 +40,8 @@ from runtime.config import (
 from runtime.errors import BadRequest, CheckpointError
 
 THINK_START, THINK_END = "<think>", "</think>"
+MAX_SPELT_CONTROLS = 4096  # in one text of a client; each is encoded apart
+MAX_MARKING_ROUNDS = 16  # a token inside a token inside a token
 MAX_CONTROL_CHARS = 64  # of a control token's spelling; the longest of a release has 28
 MAX_DEPTH = 64  # of what a client gives the template
 BUILT_IN_CHATS: dict[str, Callable[[], ChatRenderer]] = {"DeepseekV32ForCausalLM": V32Chat}
@@ -83,6 +86,7 @@ class Tokenizer:
         self._bos_ids = _ids_of(backend, special_tokens.get("bos_token"))
         self._control_finder = _control_finder(backend)
         self._control_starts = _control_starts(backend)
+        self._control_spelling = _control_spelling(backend)
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
@@ -238,7 +242,8 @@ class Tokenizer:
     def _render(self, messages: list[Message], variables: dict[str, Any]) -> str:
         if self._chat is None:
             raise BadRequest(
-                "This checkpoint ships no chat template; use /v1/completions with a raw prompt",
+                "This checkpoint ships no chat template, as base models do; put the one to use "
+                "into its folder as chat_template.jinja",
                 param="messages",
                 code="template_error",
             )
@@ -267,7 +272,22 @@ class Tokenizer:
 
     def _mark_text(self, text: str, mark: str) -> str:
         _require_unicode(text, "messages")
+        spelt = itertools.islice(self._control_spelling.finditer(text), MAX_SPELT_CONTROLS + 1)
+        if sum(1 for _ in spelt) > MAX_SPELT_CONTROLS:
+            raise BadRequest(
+                f"a text spells more than {MAX_SPELT_CONTROLS} control tokens, such as <think>",
+                param="messages",
+                code="invalid_value",
+            )
+        rounds = 0
         while starts := self._control_positions(text):
+            rounds += 1
+            if rounds > MAX_MARKING_ROUNDS:
+                raise BadRequest(
+                    "the model's tokenizer makes control tokens of this text however it is split",
+                    param="messages",
+                    code="tokenizer_error",
+                )
             pieces = [text[a + 1 : b + 1] for a, b in zip([-1, *starts], starts, strict=False)]
             text = mark.join([*pieces, text[starts[-1] + 1 :]])
         # the text behind it could complete a control token that this one begins
@@ -319,6 +339,11 @@ def _control_starts(backend: tokenizers.Tokenizer) -> frozenset[str]:
     )
 
 
+def _control_spelling(backend: tokenizers.Tokenizer) -> re.Pattern[str]:
+    controls = filter(_is_control, backend.get_added_tokens_decoder().values())
+    return re.compile("|".join(re.escape(token.content) for token in controls) or r"(?!)")
+
+
 def _require_unicode(text: str, param: str) -> None:
     try:
         text.encode()
@@ -336,7 +361,10 @@ def _require_unicode(text: str, param: str) -> None:
 
 def _read_backend(path: Path) -> tokenizers.Tokenizer:
     try:
-        return tokenizers.Tokenizer.from_str(read_file(path).decode())
+        backend = tokenizers.Tokenizer.from_str(read_file(path).decode())
+        backend.no_truncation()  # settings of training that some files keep
+        backend.no_padding()
+        return backend
     except (CheckpointError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the library reports some files by a panic, not an Exception

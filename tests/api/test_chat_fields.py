@@ -136,6 +136,8 @@ TABLE: dict[str, tuple[list[Any], list[tuple[Any, str]]]] = {
             ({"messages": []}, "invalid_value"),
             ({"chat_template": "{{ 1 }}"}, "invalid_value"),
             ({"bos_token": ""}, "invalid_value"),
+            ({"namespace": 1}, "invalid_value"),
+            ({"x": "y" * 70_000}, "string_above_max_length"),
             ([], TYPE),
             ("thinking", TYPE),
         ],

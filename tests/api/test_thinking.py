@@ -35,7 +35,8 @@ REQUESTS: list[tuple[dict[str, Any], bool]] = [
     ({"chat_template_kwargs": {"enable_thinking": True}}, True),
     ({"chat_template_kwargs": {"thinking": False}}, False),
     ({"chat_template_kwargs": {"thinking": None, "note": "x"}}, False),
-    # the first spelling counts
+    # the first spelling that says something counts
+    ({"thinking": {"type": "auto"}, "enable_thinking": True}, True),
     ({"thinking": OFF, "enable_thinking": True, "reasoning_effort": "high"}, False),
     ({"enable_thinking": True, "reasoning": {"enabled": False}}, True),
     ({"reasoning": {"enabled": True, "effort": "none"}, "reasoning_effort": "none"}, True),

@@ -147,6 +147,7 @@ def test_bad_value_names_file_and_key(config: Config, key: str, value: Any) -> N
     [
         ({"type": "dynamic", "factor": 2.0}, "type"),
         ({"rope_type": "longrope"}, "rope_type"),
+        ({"rope_type": "linear", "type": "yarn", "factor": 4.0}, "type"),
         ({"type": "linear"}, "factor"),
         ({"type": "linear", "factor": 0.0}, "factor"),
         ({**LLAMA3_ROPE, "low_freq_factor": 4.0}, "low_freq_factor"),

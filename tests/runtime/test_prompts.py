@@ -462,9 +462,9 @@ def test_json_escapes_spell_no_control_token(v32: Tokenizer) -> None:
         ([user("x"), result("y", "a")], "1 tool messages behind a message with 0 tool_calls"),
         ([*TOOL_TURNS, result("z", "c")], "3 tool messages behind a message with 2 tool_calls"),
         (TOOL_TURNS[:3], "1 tool messages behind a message with 2 tool_calls"),
-        ([assistant("", tool_calls=[call("a", "f", "[1]")])], "arguments of 'f' are not a JSON"),
-        ([assistant("", tool_calls=[call("a", "f", "{")])], "arguments of 'f' are not a JSON"),
-        ([assistant("", tool_calls=[call("a", "f", "[" * 99999)])], "arguments of 'f' are not"),
+        ([assistant("", tool_calls=[call("a", "f", "[1]")])], "arguments of .f. are not a JSON"),
+        ([assistant("", tool_calls=[call("a", "f", "{")])], "arguments of .f. are not a JSON"),
+        ([assistant("", tool_calls=[call("a", "f", "[" * 99999)])], "arguments of .f. are not"),
     ],
 )
 def test_conversations_that_have_no_prompt(v32: Tokenizer, messages: Messages, why: str) -> None:

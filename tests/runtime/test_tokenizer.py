@@ -263,6 +263,31 @@ def test_a_tag_of_training_is_no_part_of_the_prompt(folder: Path) -> None:
         "{% for i in range(90000) %}{{ 'x' * 1000 }}{% endfor %}",
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
         "{{ range(10**9) }}",
+        # much work for little text
+        "{% set l = range(1000) | list %}{% for a in l %}{% for b in l %}{% for c in l %}"
+        "{% endfor %}{% endfor %}{% endfor %}",
+        "{% macro f(n) %}{% if n > 0 %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}"
+        "{{ f(60) }}",
+        "{% set l = range(900000) | list %}{% for i in range(99999) %}{{ -1 in l }}{% endfor %}",
+        "{% set l = range(900000) | list %}{% for i in range(99999) %}{{ l | sum }}{% endfor %}",
+        "{% set n = namespace(n=9) %}{% for i in range(60) %}{% set n.n = n.n * n.n %}{% endfor %}",
+        # much of little
+        "{{ [1] | slice(900000000) | list }}",
+        "{{ lipsum(n=99999999) }}",
+        "{% set n = namespace(s='aaaa') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}"
+        "{% endfor %}",
+        "{% set n = namespace(l=[1]) %}{% for i in range(60) %}{% set n.l = [n.l, n.l] %}"
+        "{% endfor %}{{ n.l }}",
+        "{% set n = namespace(l=[1]) %}{% for i in range(60) %}{% set n.l = n.l + n.l %}"
+        "{% endfor %}",
+        "{{ ('a' * 1000000).replace('a', 'b' * 100000) }}",
+        "{{ ('a' * 1000000) | replace('', 'b' * 1000) }}",
+        "{{ ('b' * 1000000).join(['a'] * 1000) }}",
+        "{{ (['a'] * 1000) | join('b' * 1000000) }}",
+        "{{ ('a' * 1000000).translate({97: 'b' * 100000}) }}",
+        "{{ '{:{w}}'.format('x', w=99999999) }}",
+        "{{ '%1000000000d' % 1 }}",
+        "{{ 'x' | center(1000000000) }}",
     ],
 )
 def test_a_template_that_fails_fails_the_request(folder: Path, template: str) -> None:
@@ -272,6 +297,65 @@ def test_a_template_that_fails_fails_the_request(folder: Path, template: str) ->
     assert caught.value.code == "template_error"
     assert caught.value.param == "messages"
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt"),
+    [
+        ("{{ 1 < 2 < 3 }}{{ 3 > 2 > 2 }}{{ 'a' in 'ab' }}{{ 1 not in [2] }}", "TrueFalseTrueTrue"),
+        ("{{ 'a' ~ 1 ~ [2] }}{{ missing ~ 'x' }}", "a1[2]x"),
+        ("{{ missing == none }}{{ missing in [1] }}{{ none is none }}", "FalseFalseTrue"),
+        ("{{ 'é' | tojson(ensure_ascii=true) }}{{ [3, 1] | sort | join('-') }}", '"\\u00e9"1-3'),
+    ],
+)
+def test_the_sandbox_changes_no_result(folder: Path, template: str, prompt: str) -> None:
+    from transformers import AutoTokenizer
+
+    assert with_template(folder, template).encode_chat([user("x")]).text == prompt
+    reference = AutoTokenizer.from_pretrained(folder)
+    assert reference.apply_chat_template([user("x")], tokenize=False) == prompt
+
+
+def test_settings_of_training_are_not_applied(folder: Path) -> None:
+    path = folder / "tokenizer.json"
+    raw = json.loads(path.read_text())
+    raw["truncation"] = {
+        "max_length": 3,
+        "strategy": "LongestFirst",
+        "stride": 0,
+        "direction": "Right",
+    }
+    raw["padding"] = {
+        "strategy": {"Fixed": 500}, "direction": "Right", "pad_to_multiple_of": None,
+        "pad_id": 2, "pad_type_id": 0, "pad_token": "x",
+    }  # fmt: skip
+    path.write_text(json.dumps(raw))
+    tokenizer = Tokenizer.load(folder)
+    assert tokenizer.encode("the sea is wide") == tiny().encode("the sea is wide")
+    assert tokenizer.encode_chat([user("hello")]) == tiny().encode_chat([user("hello")])
+
+
+def test_a_normalizer_that_spells_control_tokens_is_no_loop(folder: Path) -> None:
+    path = folder / "tokenizer.json"
+    raw = json.loads(path.read_text())
+    raw["normalizer"] = {"type": "Replace", "pattern": {"String": "X"}, "content": "<think>"}
+    for token in raw["added_tokens"]:
+        token["normalized"] = True
+    path.write_text(json.dumps(raw))
+    with pytest.raises(BadRequest, match="however it is split"):
+        Tokenizer.load(folder).encode_chat([user("X")])
+
+
+def test_a_million_spellings_are_refused_at_once() -> None:
+    with pytest.raises(BadRequest, match="more than 4096 control tokens"):
+        tiny().encode_chat([user("<think>" * 1_000_000)])
+    prompt = tiny().encode_chat([user("<think>" * 4096)])
+    assert tiny().think_start_id not in prompt.token_ids[:-2]  # the template's own is near the end
+
+
+def test_a_huge_template_is_refused(folder: Path) -> None:
+    with pytest.raises(CheckpointError, match="chat template: 300000 characters; at most 262144"):
+        with_template(folder, "{# x #}" + "a" * 299_993)
 
 
 def test_the_template_s_complaint_reaches_the_client(folder: Path) -> None:
