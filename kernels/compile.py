@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,15 +80,8 @@ def compile_variant(variant: KernelVariant, capability: int) -> Resources:
         triton.CompilationError: the kernel does not compile for this chip.
         ValueError: arguments and config do not name every parameter of the kernel.
     """
-    signature, constants, attributes = _specialise(variant)
-    options = {key: value for key, value in variant.config.items() if key in LAUNCH_OPTIONS}
-    source = ASTSource(variant.kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(cubin)]
-        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    compiled = _compile(variant, capability)
+    report = _dump(compiled, "--dump-resource-usage")
     # "Function kernel: REG:40 STACK:0 SHARED:0 LOCAL:0 ..."; dynamic shared memory is not in it
     usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
     return Resources(
@@ -96,6 +90,33 @@ def compile_variant(variant: KernelVariant, capability: int) -> Resources:
         local_bytes=usage["LOCAL"],
         shared_bytes=compiled.metadata.shared,
     )
+
+
+def tensor_core_instructions(variant: KernelVariant, capability: int) -> Counter[str] | None:
+    """How often each matrix instruction stands in the machine code; None if nothing is multiplied.
+
+    HMMA, HGMMA (sm_90) and UTCHMMA (sm_100) take fp16 and bf16, the same with a Q take fp8.
+    Products of fp32 by ``input_precision="ieee"`` have none.
+    """
+    compiled = _compile(variant, capability)
+    if "tt.dot" not in compiled.asm["ttir"]:
+        return None
+    return Counter(re.findall(r"\b((?:UTC)?[HQ]G?MMA)\b", _dump(compiled, "--dump-sass")))
+
+
+def _compile(variant: KernelVariant, capability: int) -> Any:
+    signature, constants, attributes = _specialise(variant)
+    options = {key: value for key, value in variant.config.items() if key in LAUNCH_OPTIONS}
+    source = ASTSource(variant.kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def _dump(compiled: Any, what: str) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        command = [knobs.nvidia.cuobjdump.path, what, str(cubin)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def _specialise(

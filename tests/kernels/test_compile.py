@@ -21,6 +21,7 @@ from kernels.cache import (
 )
 from kernels.compile import SHARED_MEMORY, KernelVariant, compile_variant
 from kernels.mla import latent_shape
+from tests.kernels.compiled import check, check_tensor_cores
 from tests.kernels.passes import INTERPRETED
 
 BF16, FP32, I32, I64 = torch.bfloat16, torch.float32, torch.int32, torch.int64
@@ -129,29 +130,36 @@ CACHE = [
 ]
 
 
-def check(launches: list[Launch], capability: int) -> None:
+def variants_of(launches: list[Launch], capability: int) -> list[KernelVariant]:
     attention = [
         variant
         for name, shape, dtype, kinds in launches
         for variant in attention_variants(name, shape, dtype, capability, kinds)
     ]
-    for variant in attention + CACHE:
-        resources = compile_variant(variant, capability)
-        assert resources.stack_bytes == resources.local_bytes == 0, variant.name
-        assert resources.shared_bytes <= SHARED_MEMORY[capability], variant.name
+    return attention + CACHE
+
+
+def every(capability: int) -> list[KernelVariant]:
+    return variants_of(ALL, capability)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="interpreted kernels do not compile")
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
 def test_the_tightest_launches_do_not_spill(capability: int) -> None:
-    check(TIGHT, capability)
+    check(variants_of(TIGHT, capability), capability)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="interpreted kernels do not compile")
+@pytest.mark.parametrize("capability", [80, 90])
+def test_products_use_the_tensor_cores(capability: int) -> None:
+    check_tensor_cores(variants_of(TIGHT, capability), capability)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="interpreted kernels do not compile")
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
 def test_no_launch_spills(capability: int) -> None:
-    check(ALL, capability)
+    check(every(capability), capability)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="interpreted kernels do not compile")

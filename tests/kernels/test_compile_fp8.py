@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.compile import SHARED_MEMORY, KernelVariant, compile_variant
+from kernels.compile import SHARED_MEMORY, KernelVariant
 from kernels.moe_triton import grouped_fp8_linear_config, grouped_fp8_linear_kernel
 from kernels.quant import num_blocks
 from kernels.quant_triton import (
@@ -15,6 +15,7 @@ from kernels.quant_triton import (
     fp8_linear_kernel,
     quantize_activations_kernel,
 )
+from tests.kernels.compiled import check, check_tensor_cores
 from tests.kernels.passes import INTERPRETED
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -135,13 +136,6 @@ def every(capability: int) -> list[KernelVariant]:
     return variants
 
 
-def check(variants: list[KernelVariant], capability: int) -> None:
-    for variant in variants:
-        resources = compile_variant(variant, capability)
-        assert resources.stack_bytes == resources.local_bytes == 0, variant.name
-        assert resources.shared_bytes <= SHARED_MEMORY[capability], variant.name
-
-
 @pytest.mark.skipif(INTERPRETED, reason="interpreted kernels do not compile")
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
 def test_what_v3_launches_does_not_spill(capability: int) -> None:
@@ -153,3 +147,9 @@ def test_what_v3_launches_does_not_spill(capability: int) -> None:
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
 def test_no_launch_spills(capability: int) -> None:
     check(every(capability), capability)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="interpreted kernels do not compile")
+@pytest.mark.parametrize("capability", [80, 90])
+def test_products_use_the_tensor_cores(capability: int) -> None:
+    check_tensor_cores(tight(capability), capability)

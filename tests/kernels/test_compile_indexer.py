@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kernels.attention_triton import HeadShape, combine_config, combine_splits_kernel
-from kernels.compile import SHARED_MEMORY, KernelVariant, compile_variant
+from kernels.compile import SHARED_MEMORY, KernelVariant
 from kernels.indexer_triton import (
     SELECT_CONFIG,
     index_config,
@@ -17,6 +17,7 @@ from kernels.indexer_triton import (
 )
 from kernels.mla import latent_shape
 from kernels.sparse_mla_triton import sparse_attention_kernel, sparse_config
+from tests.kernels.compiled import check, check_tensor_cores
 from tests.kernels.passes import INTERPRETED
 
 BF16, FP32, I32, I64 = torch.bfloat16, torch.float32, torch.int32, torch.int64
@@ -122,13 +123,6 @@ def every(capability: int) -> list[KernelVariant]:
     ]
 
 
-def check(variants: list[KernelVariant], capability: int) -> None:
-    for variant in variants:
-        resources = compile_variant(variant, capability)
-        assert resources.stack_bytes == resources.local_bytes == 0, variant.name
-        assert resources.shared_bytes <= SHARED_MEMORY[capability], variant.name
-
-
 @pytest.mark.skipif(INTERPRETED, reason="interpreted kernels do not compile")
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
 def test_what_v32_launches_does_not_spill(capability: int) -> None:
@@ -140,3 +134,9 @@ def test_what_v32_launches_does_not_spill(capability: int) -> None:
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
 def test_no_launch_spills(capability: int) -> None:
     check(every(capability), capability)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="interpreted kernels do not compile")
+@pytest.mark.parametrize("capability", [80, 90])
+def test_products_use_the_tensor_cores(capability: int) -> None:
+    check_tensor_cores(tight(capability), capability)

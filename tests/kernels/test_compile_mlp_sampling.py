@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kernels.activation import SILU_CONFIG, silu_and_mul_kernel
-from kernels.compile import SHARED_MEMORY, KernelVariant, compile_variant
+from kernels.compile import SHARED_MEMORY, KernelVariant
 from kernels.moe_route_triton import route_config, route_noaux_tc_kernel, route_softmax_kernel
 from kernels.moe_triton import (
     COMBINE_CONFIG,
@@ -16,6 +16,7 @@ from kernels.moe_triton import (
 )
 from kernels.norm import rms_norm_config, rms_norm_kernel
 from kernels.sampling_triton import CONFIG, adjust_kernel, logprobs_kernel, sample_kernel
+from tests.kernels.compiled import check, check_tensor_cores
 from tests.kernels.passes import INTERPRETED
 
 BF16, FP32, I32, I64 = torch.bfloat16, torch.float32, torch.int32, torch.int64
@@ -136,6 +137,10 @@ VARIANTS = [
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
 def test_compiles_without_spilling(variant: KernelVariant, capability: int) -> None:
-    resources = compile_variant(variant, capability)
-    assert (resources.stack_bytes, resources.local_bytes) == (0, 0)
-    assert resources.shared_bytes <= SHARED_MEMORY[capability]
+    check([variant], capability)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="an interpreted kernel has no machine code")
+@pytest.mark.parametrize("capability", [80, 90])
+def test_products_use_the_tensor_cores(capability: int) -> None:
+    check_tensor_cores(VARIANTS, capability)
