@@ -1,16 +1,16 @@
 """The jinja environment of chat templates, which are programs from strangers.
 
-jinja's immutable sandbox keeps them from Python. This keeps them from running for ever and from
-building something huge: a rendering has a budget of work, charged for every block, filter, operator
-and method; and what would make much of little is refused before it is made.
+jinja's immutable sandbox keeps them from Python. Beyond that a rendering has a budget of work, from
+which every block, filter, test, operator and method takes, and what would make much of little is
+refused before it is made. Ordinary templates render as in transformers.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-import operator
 import re
+import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -31,18 +31,15 @@ MAX_INTEGER_BITS = 4096
 MAX_WORK = 1_000_000_000  # of one rendering; a character costs 1
 BLOCK_WORK = 1000  # entering a block: a second or so for all of them
 ITEM_WORK = 200
-COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
-    "eq": operator.eq,
-    "ne": operator.ne,
-    "gt": operator.gt,
-    "gteq": operator.ge,
-    "lt": operator.lt,
-    "lteq": operator.le,
-    "in": lambda item, container: item in container,
-    "notin": lambda item, container: item not in container,
-}
-"""By jinja's names."""
-PRINTING_FILTERS = frozenset({"join", "pprint", "string", "tojson", "urlencode", "xmlattr"})
+WALKED_WORK = 20  # for each item that a filter, a test or `in` looks at
+COPIED_CHARS = 16  # that are copied for one unit of work
+MAX_INDENT = 16
+MAX_DIGITS = 1000  # of a text read as a number
+REMOVED_FILTERS = ("urlize", "wordwrap", "xmlattr")  # of HTML pages
+READING_FILTERS = frozenset(
+    {"groupby", "join", "max", "min", "pprint", "sort", "string", "tojson", "unique", "urlencode"}
+)
+"""Those that look into what a list holds."""
 
 _work_left: ContextVar[int] = ContextVar("work_left", default=MAX_WORK)
 
@@ -72,23 +69,52 @@ class _CountedCode(CodeGenerator):
         self.writeline("environment.enter_block()")
         super().blockvisit(nodes, frame)
 
-    def visit_Concat(self, node: jinja2.nodes.Concat, frame: Frame) -> None:  # noqa: N802 - jinja's
+    def _output_child_to_const(
+        self, node: jinja2.nodes.Expr, frame: Frame, finalize: CodeGenerator._FinalizeInfo
+    ) -> str:
+        """Nothing but plain text is evaluated while the template is compiled."""
+        if not isinstance(node, jinja2.nodes.TemplateData):
+            raise jinja2.nodes.Impossible
+        return super()._output_child_to_const(node, frame, finalize)
+
+    def visit_List(self, node: jinja2.nodes.List, frame: Frame) -> None:  # noqa: N802 - jinja's name
+        self._charged("built", super().visit_List, node, frame)
+
+    def visit_Tuple(self, node: jinja2.nodes.Tuple, frame: Frame) -> None:  # noqa: N802
+        if node.ctx == "load":
+            self._charged("built", super().visit_Tuple, node, frame)
+        else:
+            super().visit_Tuple(node, frame)
+
+    def visit_Dict(self, node: jinja2.nodes.Dict, frame: Frame) -> None:  # noqa: N802
+        self._charged("built", super().visit_Dict, node, frame)
+
+    def visit_Getitem(self, node: jinja2.nodes.Getitem, frame: Frame) -> None:  # noqa: N802
+        if isinstance(node.arg, jinja2.nodes.Slice):
+            self._charged("sliced", super().visit_Getitem, node, frame)
+        else:
+            super().visit_Getitem(node, frame)
+
+    def visit_Operand(self, node: jinja2.nodes.Operand, frame: Frame) -> None:  # noqa: N802
+        if node.op in ("in", "notin"):
+            self.write(" in " if node.op == "in" else " not in ")
+            self._charged("searched", self.visit, node.expr, frame)
+        else:
+            super().visit_Operand(node, frame)
+
+    def _charged(
+        self, method: str, visit: Callable[[Any, Frame], None], node: Any, frame: Frame
+    ) -> None:
+        self.write(f"environment.{method}(")
+        visit(node, frame)
+        self.write(")")
+
+    def visit_Concat(self, node: jinja2.nodes.Concat, frame: Frame) -> None:  # noqa: N802
         """``~`` as a call that is charged for."""
-        self.write("environment.concat((")
+        self.write("environment.concatenated((")
         for part in node.nodes:
             self.visit(part, frame)
             self.write(", ")
-        self.write("))")
-
-    def visit_Compare(self, node: jinja2.nodes.Compare, frame: Frame) -> None:  # noqa: N802
-        """Comparisons too: lists are walked through."""
-        self.write("environment.compare(")
-        self.visit(node.expr, frame)
-        self.write(", (")
-        for operand in node.ops:
-            self.write(f"({operand.op!r}, ")
-            self.visit(operand.expr, frame)
-            self.write("), ")
         self.write("))")
 
 
@@ -97,16 +123,17 @@ class _GenerationTag(jinja2.ext.Extension):
 
     tags = {"generation"}  # noqa: RUF012 - jinja asks for a set
 
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.Scope(body, lineno=line)
 
 
 class ChatEnvironment(ImmutableSandboxedEnvironment):
     """With the names that transformers gives a template."""
 
     code_generator_class = _CountedCode
-    intercepted_binops = frozenset({"+", "*", "**", "%"})
+    intercepted_binops = frozenset({"+", "-", "*", "**", "/", "//", "%"})
 
     def __init__(self) -> None:
         super().__init__(
@@ -117,7 +144,13 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
             optimized=False,  # nothing is evaluated before there is a budget
         )
         self.filters["tojson"] = _to_json
-        self.filters = {name: _charged(name, apply) for name, apply in self.filters.items()}
+        self.filters = {
+            name: _charged_filter(name, apply)
+            for name, apply in self.filters.items()
+            if name not in REMOVED_FILTERS
+        }
+        tests: Any = self.tests  # jinja's annotation is too narrow to call them
+        self.tests = {name: _charged_test(test) for name, test in tests.items()}
         del self.globals["lipsum"]
         self.globals |= {
             "raise_exception": _raise_exception,
@@ -128,40 +161,43 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
     def enter_block(self) -> None:
         charge(BLOCK_WORK)
 
-    def concat(self, parts: Sequence[Any]) -> str:  # type: ignore[override]
+    def built(self, value: Any) -> Any:
+        """A list, tuple or dict as written; those it holds may hold others many times over."""
+        _printed_size(value)
+        return value
+
+    def searched(self, value: Any) -> Any:
+        """What stands behind ``in``."""
+        charge(_walk_work(value))
+        return value
+
+    def sliced(self, value: Any) -> Any:
+        return _sized(value)
+
+    def concatenated(self, parts: Sequence[Any]) -> str:
         _require_chars(sum(_printed_size(part) for part in parts))
         return "".join(map(str, parts))
-
-    def compare(self, left: Any, others: Sequence[tuple[str, Any]]) -> Any:
-        """``left < a < b`` and the like."""
-        result: Any = True
-        for name, right in others:
-            if not isinstance(left, str) and not isinstance(right, str):
-                _printed_size((left, right))
-            charge(_num_items(right))
-            result = COMPARISONS[name](left, right)
-            if not result:
-                break
-            left = right
-        return result
 
     def call(self, context: Context, called: Any, /, *args: Any, **kwargs: Any) -> Any:
         method = getattr(called, "__wrapped__", called)  # jinja wraps str.format
         owner, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
         if isinstance(owner, str):
             _check_text(name, owner, [*args, *kwargs.values()])
+        elif name == "to_bytes":
+            raise jinja2.TemplateError("bytes are not available in a chat template")
         charge(_num_items(owner) + BLOCK_WORK)
-        return _sized(super().call(context, called, *args, **kwargs))
+        result = _sized(super().call(context, called, *args, **kwargs))
+        return self.built(result) if isinstance(result, dict) else result
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        if operator == "**":
-            raise jinja2.TemplateError("** is not available in a chat template")
         if operator == "%" and isinstance(left, str):
-            _require_narrow(left)
+            _require_narrow_percent(left)
         numbers = [value for value in (left, right) if isinstance(value, int)]
         sizes = [_num_items(value) for value in (left, right)]
-        if operator == "*" and len(numbers) == 2:
-            if sum(number.bit_length() for number in numbers) > MAX_INTEGER_BITS:
+        if len(numbers) == 2:
+            bits = [number.bit_length() for number in numbers]
+            power = bits[0] * abs(numbers[1]) if operator == "**" else 0
+            if max(sum(bits), power) > MAX_INTEGER_BITS:
                 raise jinja2.TemplateError("a number of more than a thousand digits")
         elif operator == "*":
             _require_chars(max(sizes) * max(map(abs, numbers), default=1))
@@ -170,13 +206,23 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
 
 
 def _num_items(value: Any) -> int:
-    return len(value) if isinstance(value, str | list | tuple | dict) else 0
+    """Items of a container, characters of a text, else 0."""
+    if isinstance(value, str):
+        return len(value)
+    is_container = isinstance(value, list | tuple | dict | range | set | frozenset | bytes)
+    return len(value) if is_container else 0
+
+
+def _walk_work(value: Any) -> int:
+    """Of looking at all of a value once."""
+    num_items = _num_items(value)
+    return num_items // COPIED_CHARS if isinstance(value, str) else num_items * WALKED_WORK
 
 
 def _require_chars(num_chars: int) -> None:
     if num_chars > MAX_CHARS:
         raise jinja2.TemplateError(f"builds more than {MAX_CHARS} characters or items")
-    charge(num_chars)
+    charge(num_chars // COPIED_CHARS)
 
 
 def _sized(value: Any) -> Any:
@@ -185,7 +231,7 @@ def _sized(value: Any) -> Any:
     size = _num_items(value)
     if size > (MAX_CHARS if is_text else MAX_ITEMS):
         raise jinja2.TemplateError(f"builds more than {MAX_CHARS if is_text else MAX_ITEMS} items")
-    charge(size if is_text else size * ITEM_WORK)
+    charge(size // COPIED_CHARS if is_text else size * ITEM_WORK)
     return value
 
 
@@ -218,21 +264,31 @@ def _check_text(method: str, text: str, arguments: list[Any]) -> None:
     """Refuses what makes a huge text of a small one."""
     match method:
         case "format" | "format_map":
-            _require_narrow(text)
+            _require_narrow_braces(text)
         case "center" | "expandtabs" | "ljust" | "rjust" | "zfill":
             _require_small(text, arguments)
         case "replace":
             _require_replaced(text, arguments)
         case "join":
             _require_joined(text, arguments)
-        case "translate":
-            raise jinja2.TemplateError("translate is not available in a chat template")
+        case "rfind" | "rindex" | "rpartition" | "rsplit":  # Python's search backwards is quadratic
+            longest = max((len(str(part)) for part in arguments), default=1)
+            charge(len(text) * longest // COPIED_CHARS)
+        case "encode" | "translate":
+            raise jinja2.TemplateError(f"{method} is not available in a chat template")
 
 
-def _require_narrow(form: str) -> None:
-    """Refuses to format what is padded to something huge."""
-    if re.search(r"\d{7}|%[-+ #0]*\*|\{[^{}]*\{", form):
-        raise jinja2.TemplateError("a format that pads to millions of characters")
+def _require_narrow_percent(form: str) -> None:
+    """Refuses a width or precision of five digits or from an argument."""
+    if re.search(r"%(\([^)]*\))?[-+ #0]*(\d*\.)?(\*|\d{5})", form):
+        raise jinja2.TemplateError("a format that pads to thousands of characters")
+
+
+def _require_narrow_braces(form: str) -> None:
+    """The same of ``str.format``."""
+    specs = [spec or "" for _, _, spec, _ in string.Formatter().parse(form)]
+    if any(re.search(r"\{|\d{5}", spec) for spec in specs):
+        raise jinja2.TemplateError("a format that pads to thousands of characters")
 
 
 def _require_small(value: Any, arguments: Sequence[Any]) -> None:
@@ -252,18 +308,33 @@ def _require_joined(separator: str, arguments: Sequence[Any]) -> None:
             _require_chars(_printed_size(parts) + len(parts) * len(separator))
 
 
-def _charged(name: str, apply: Callable[..., Any]) -> Callable[..., Any]:
+def _charged_test(test: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(test)
+    def charged(*args: Any, **kwargs: Any) -> Any:
+        charge(sum(map(_walk_work, args)))
+        return test(*args, **kwargs)
+
+    return charged
+
+
+def _charged_filter(name: str, apply: Callable[..., Any]) -> Callable[..., Any]:
     """The filter, charged for and kept from building something huge."""
 
     @functools.wraps(apply)
     def charged(*args: Any, **kwargs: Any) -> Any:
         passed = args[1:] if hasattr(apply, "jinja_pass_arg") else args
         value, options = passed[0], [*passed[1:], *kwargs.values()]
-        charge(_num_items(value) + BLOCK_WORK)
-        if name in PRINTING_FILTERS:
+        charge(BLOCK_WORK + _walk_work(value))
+        if name in READING_FILTERS:
             _require_chars(_printed_size(value))
         if name == "format":
-            _require_narrow(str(value))
+            _require_narrow_percent(str(value))
+        elif name == "tojson":
+            _require_plain_json(kwargs)
+        elif name == "int" and isinstance(value, str) and len(value) > MAX_DIGITS:
+            raise jinja2.TemplateError(f"a number of more than {MAX_DIGITS} digits")
+        elif name == "indent" and not isinstance(value, str):
+            raise jinja2.TemplateError("indent takes a text")
         elif name in ("batch", "center", "indent", "slice"):
             _require_small(value, options)
         elif name == "replace":
@@ -275,6 +346,14 @@ def _charged(name: str, apply: Callable[..., Any]) -> Callable[..., Any]:
     return charged
 
 
+def _require_plain_json(options: Mapping[str, Any]) -> None:
+    indent = options.get("indent")
+    if indent is not None and not (isinstance(indent, int) and indent <= MAX_INDENT):
+        raise jinja2.TemplateError(f"tojson indents by at most {MAX_INDENT}")
+    if any(len(part) > MAX_INDENT for part in options.get("separators") or ()):
+        raise jinja2.TemplateError("a long separator for tojson")
+
+
 def _bounded_range(*bounds: int) -> range:
     steps = range(*bounds)
     if len(steps) > MAX_ITEMS:
@@ -283,8 +362,9 @@ def _bounded_range(*bounds: int) -> range:
     return steps
 
 
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
+def _raise_exception(message: Any) -> None:
+    _require_chars(_printed_size(message))
+    raise jinja2.TemplateError(str(message))
 
 
 def _to_json(

@@ -68,7 +68,8 @@ class ChatTemplate:
             )
         self._special_tokens = special_tokens
         try:
-            self._template = ChatEnvironment().from_string(source)
+            with budget():
+                self._template = ChatEnvironment().from_string(source)
         except jinja2.TemplateSyntaxError as error:
             why = f"line {error.lineno}: {one_line(error.message or '')}"
             raise CheckpointError(f"{where}: chat template: {why}") from None

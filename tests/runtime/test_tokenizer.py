@@ -256,7 +256,7 @@ def test_a_tag_of_training_is_no_part_of_the_prompt(folder: Path) -> None:
         "{{ messages.append(1) }}",
         "{{ 'a' * 10000000000 }}",
         "{{ [0] * 10000000000 }}",
-        "{{ 9 ** 9 ** 9 }}",
+        "{{ 9 ** 99999 }}",
         "{% set n = namespace(s='aaaaaaaa') %}{% for i in range(99) %}"
         "{% set n.s = n.s + n.s %}{% endfor %}",
         "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
@@ -304,6 +304,17 @@ def test_a_template_that_fails_fails_the_request(folder: Path, template: str) ->
     [
         ("{{ 1 < 2 < 3 }}{{ 3 > 2 > 2 }}{{ 'a' in 'ab' }}{{ 1 not in [2] }}", "TrueFalseTrueTrue"),
         ("{{ 'a' ~ 1 ~ [2] }}{{ missing ~ 'x' }}", "a1[2]x"),
+        ("{% if 0 > 1 < messages[0]['nope'].x %}a{% else %}b{% endif %}{{ 2 ** 3 }}", "b8"),
+        ("{% block b %}x{{ messages[0].role }}{% endblock %}{{ self.b() }}", "xuserxuser"),
+        (
+            "{{ '{{\"name\": \"{}\"}}'.format('x') }}{{ '12345678 %s' % 'a' }}",
+            '{"name": "x"}12345678 a',
+        ),
+        ("{{ messages[::-1][0].role }}{{ (1, 2)[1] }}{{ {'a': [1]}.a[0] }}", "user21"),
+        (
+            "{% for a, b in [(1, 2)] %}{{ a + b }}{% endfor %}{{ 'call %s' | format('x') }}",
+            "3call x",
+        ),
         ("{{ missing == none }}{{ missing in [1] }}{{ none is none }}", "FalseFalseTrue"),
         ("{{ 'é' | tojson(ensure_ascii=true) }}{{ [3, 1] | sort | join('-') }}", '"\\u00e9"1-3'),
     ],
@@ -314,6 +325,18 @@ def test_the_sandbox_changes_no_result(folder: Path, template: str, prompt: str)
     assert with_template(folder, template).encode_chat([user("x")]).text == prompt
     reference = AutoTokenizer.from_pretrained(folder)
     assert reference.apply_chat_template([user("x")], tokenize=False) == prompt
+
+
+def test_a_long_conversation_is_not_too_much_work(folder: Path) -> None:
+    tokenizer = with_template(
+        folder,
+        "{% set ns = namespace(s='', l=[]) %}{% for m in messages %}"
+        "{% set ns.s = ns.s + '\\n' ~ m.content %}{% set ns.l = ns.l + [m] %}"
+        "{% if messages | length > 1 and m in messages[-3:] %}{{ loop.index }}{% endif %}"
+        "{% endfor %}{{ ns.s }}",
+    )
+    prompt = tokenizer.encode_chat([user(f"{i} " + "x" * 600) for i in range(2048)])
+    assert prompt.text.startswith("204620472048")
 
 
 def test_settings_of_training_are_not_applied(folder: Path) -> None:
