@@ -156,9 +156,7 @@ def route_noaux_tc(
 ) -> tuple[Tensor, Tensor]:
     num_tokens, num_experts = router_logits.shape
     group_size = num_experts // num_groups
-    device = router_logits.device
-    expert_ids = torch.empty((num_tokens, top_k), dtype=torch.int64, device=device)
-    expert_weights = torch.empty((num_tokens, top_k), dtype=torch.float32, device=device)
+    expert_ids, expert_weights = _outputs(router_logits, top_k)
     route_noaux_tc_kernel[(num_tokens,)](
         router_logits.contiguous(),
         correction_bias,
@@ -179,9 +177,7 @@ def route_softmax(
 ) -> tuple[Tensor, Tensor]:
     num_tokens, num_experts = router_logits.shape
     group_size = num_experts // num_groups
-    device = router_logits.device
-    expert_ids = torch.empty((num_tokens, top_k), dtype=torch.int64, device=device)
-    expert_weights = torch.empty((num_tokens, top_k), dtype=torch.float32, device=device)
+    expert_ids, expert_weights = _outputs(router_logits, top_k)
     route_softmax_kernel[(num_tokens,)](
         router_logits.contiguous(),
         expert_ids,
@@ -193,3 +189,9 @@ def route_softmax(
         **route_config(top_k, num_groups, group_size),
     )
     return expert_ids, expert_weights
+
+
+def _outputs(router_logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    shape, device = (router_logits.shape[0], top_k), router_logits.device
+    expert_ids = torch.empty(shape, dtype=torch.int64, device=device)
+    return expert_ids, torch.empty(shape, dtype=torch.float32, device=device)

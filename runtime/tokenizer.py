@@ -9,7 +9,6 @@ The chat template writes them; what a client says in a chat can never become one
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 import secrets
@@ -37,13 +36,10 @@ from runtime.config import (
     read_file,
     read_json,
 )
+from runtime.control_tokens import ControlTokens, require_unicode
 from runtime.errors import BadRequest, CheckpointError
 
 THINK_START, THINK_END = "<think>", "</think>"
-MAX_SPELT_CONTROLS = 4096  # in one text of a client; each is encoded apart
-MAX_MARKING_ROUNDS = 16  # a token inside a token inside a token
-MAX_CONTROL_CHARS = 64  # of a control token's spelling; the longest of a release has 28
-MAX_DEPTH = 64  # of what a client gives the template
 BUILT_IN_CHATS: dict[str, Callable[[], ChatRenderer]] = {"DeepseekV32ForCausalLM": V32Chat}
 """For architectures whose releases have no chat template."""
 SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
@@ -84,9 +80,7 @@ class Tokenizer:
         self.think_end_id = ids.get(THINK_END)
         self._add_bos = add_bos
         self._bos_ids = _ids_of(backend, special_tokens.get("bos_token"))
-        self._control_finder = _control_finder(backend)
-        self._control_starts = _control_starts(backend)
-        self._control_spelling = _control_spelling(backend)
+        self._controls = ControlTokens(backend)
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
@@ -131,7 +125,7 @@ class Tokenizer:
         The beginning-of-sequence token is put in front where the checkpoint asks for it, unless
         ``text`` brings its own. Raises `BadRequest` for text that is not valid Unicode.
         """
-        _require_unicode(text, param)
+        require_unicode(text, param)
         if self._add_bos is None:
             return self._encode([text], param)[0].ids
         ids = self._encode([text], param, add_special_tokens=False)[0].ids
@@ -179,7 +173,7 @@ class Tokenizer:
         # between two marks holds one; templates only move text around and keep the mark in place.
         mark = f"\ue000{secrets.randbelow(10**19)}\ue000"
         rendered = self._render(
-            self._mark_controls(prepared, mark), self._mark_controls(variables, mark)
+            self._controls.marked(prepared, mark), self._controls.marked(variables, mark)
         )
         parts = [part for part in rendered.split(mark) if part]
         # Batches, unlike single texts, are encoded without Python's lock: other streams go on.
@@ -248,112 +242,12 @@ class Tokenizer:
                 code="template_error",
             )
         rendered = self._chat.render(messages, variables)
-        _require_unicode(rendered, "messages")
+        require_unicode(rendered, "messages")
         return rendered
-
-    def _mark_controls(self, value: Any, mark: str, depth: int = 0) -> Any:
-        """A copy of ``value`` with ``mark`` inside every control token's spelling."""
-        if isinstance(value, str):
-            return self._mark_text(value, mark)
-        if not isinstance(value, list | tuple | dict):
-            return value
-        if depth == MAX_DEPTH:
-            raise BadRequest(
-                f"a message, tool or variable is nested deeper than {MAX_DEPTH} levels",
-                param="messages",
-                code="invalid_value",
-            )
-        if isinstance(value, dict):
-            return {
-                self._mark_controls(key, mark): self._mark_controls(item, mark, depth + 1)
-                for key, item in value.items()
-            }
-        return [self._mark_controls(item, mark, depth + 1) for item in value]
-
-    def _mark_text(self, text: str, mark: str) -> str:
-        _require_unicode(text, "messages")
-        spelt = itertools.islice(self._control_spelling.finditer(text), MAX_SPELT_CONTROLS + 1)
-        if sum(1 for _ in spelt) > MAX_SPELT_CONTROLS:
-            raise BadRequest(
-                f"a text spells more than {MAX_SPELT_CONTROLS} control tokens, such as <think>",
-                param="messages",
-                code="invalid_value",
-            )
-        rounds = 0
-        while starts := self._control_positions(text):
-            rounds += 1
-            if rounds > MAX_MARKING_ROUNDS:
-                raise BadRequest(
-                    "the model's tokenizer makes control tokens of this text however it is split",
-                    param="messages",
-                    code="tokenizer_error",
-                )
-            pieces = [text[a + 1 : b + 1] for a, b in zip([-1, *starts], starts, strict=False)]
-            text = mark.join([*pieces, text[starts[-1] + 1 :]])
-        # the text behind it could complete a control token that this one begins
-        return text + mark if self._begins_control(text) else text
-
-    def _begins_control(self, text: str) -> bool:
-        tail = text[-MAX_CONTROL_CHARS:]
-        ends = {tail[i:] for i in range(len(tail))}
-        if self._backend.normalizer is not None:
-            tail = self._backend.normalizer.normalize_str(tail)
-            ends |= {tail[i:] for i in range(len(tail))}
-        return not ends.isdisjoint(self._control_starts)
-
-    def _control_positions(self, text: str) -> list[int]:
-        [encoding] = self._control_finder.encode_batch([text])
-        spans = zip(encoding.offsets, encoding.ids, strict=True)
-        return [start for (start, _), token_id in spans if token_id > 0]
-
-
-def _is_control(token: tokenizers.AddedToken) -> bool:
-    text = token.content
-    return len(text) > 1 and (token.special or "｜" in text or bool(re.fullmatch(r"<\S+", text)))
 
 
 def _is_hidden(token: tokenizers.AddedToken) -> bool:
     return token.special or bool(re.fullmatch(r"<[｜|].*[｜|]>", token.content))
-
-
-def _control_finder(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """A tokenizer that knows the control tokens only (ids from 1) and calls all else 0.
-
-    It finds all their spellings in linear time, by the rules of the real tokenizer.
-    """
-    finder = tokenizers.Tokenizer(tokenizers.models.WordLevel({"": 0}, unk_token=""))
-    if backend.normalizer is not None:
-        finder.normalizer = backend.normalizer
-    controls = filter(_is_control, backend.get_added_tokens_decoder().values())
-    finder.add_tokens(
-        [tokenizers.AddedToken(token.content, normalized=token.normalized) for token in controls]
-    )
-    return finder
-
-
-def _control_starts(backend: tokenizers.Tokenizer) -> frozenset[str]:
-    """What could become a control token's spelling with more text behind it."""
-    controls = filter(_is_control, backend.get_added_tokens_decoder().values())
-    return frozenset(
-        token.content[:end] for token in controls for end in range(1, len(token.content))
-    )
-
-
-def _control_spelling(backend: tokenizers.Tokenizer) -> re.Pattern[str]:
-    controls = filter(_is_control, backend.get_added_tokens_decoder().values())
-    return re.compile("|".join(re.escape(token.content) for token in controls) or r"(?!)")
-
-
-def _require_unicode(text: str, param: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        code = ord(text[error.start])
-        raise BadRequest(
-            f"{param} holds the lone surrogate U+{code:04X}, which is not valid Unicode",
-            param=param,
-            code="invalid_value",
-        ) from None
 
 
 # -- reading the files ---------------------------------------------------------------------------

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from runtime.control_tokens import MAX_DEPTH
 from runtime.errors import BadRequest
-from runtime.tokenizer import MAX_DEPTH, Tokenizer
+from runtime.tokenizer import Tokenizer
 from tests.runtime import chat_templates
 from tests.runtime.checkpoints import FATHOM_TINY
 
