@@ -14,9 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.configs import launch_config
 from kernels.dispatch import use_triton
-
-SILU_CONFIG = {"BLOCK": 1024, "num_warps": 4}
 
 
 @triton.jit
@@ -53,8 +52,9 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
     num_tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
     if use_triton(gate_up) and num_tokens > 0:
         out = torch.empty((num_tokens, size), dtype=gate_up.dtype, device=gate_up.device)
-        grid = (num_tokens, triton.cdiv(size, SILU_CONFIG["BLOCK"]))
-        silu_and_mul_kernel[grid](gate_up, out, gate_up.stride(0), size, **SILU_CONFIG)
+        config = launch_config("silu_and_mul")
+        grid = (num_tokens, triton.cdiv(size, config["BLOCK"]))
+        silu_and_mul_kernel[grid](gate_up, out, gate_up.stride(0), size, **config)
         return out
     gate, up = gate_up.chunk(2, dim=-1)
     gate32 = gate.float()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.activation import SILU_CONFIG, silu_and_mul_kernel
+from kernels.activation import silu_and_mul_kernel
 from kernels.compile import SHARED_MEMORY, KernelVariant
+from kernels.configs import launch_config
 from kernels.moe_route_triton import route_config, route_noaux_tc_kernel, route_softmax_kernel
 from kernels.moe_triton import (
     COMBINE_CONFIG,
@@ -34,7 +35,9 @@ def norm_variant(name: str, hidden_size: int, dtype: torch.dtype, add: bool) -> 
 
 def silu_variant(name: str, size: int, dtype: torch.dtype) -> KernelVariant:
     arguments = {"gate_up_ptr": dtype, "out_ptr": dtype, "row_stride": 2 * size, "size": size}
-    return KernelVariant(f"silu_{name}", silu_and_mul_kernel, arguments, SILU_CONFIG)
+    return KernelVariant(
+        f"silu_{name}", silu_and_mul_kernel, arguments, launch_config("silu_and_mul")
+    )
 
 
 def route_variant(
