@@ -92,7 +92,7 @@ def sample(logits: Tensor, batch: SamplingBatch) -> Sampled:
         drawn_rows = batch.temperature.nonzero().squeeze(1)
         if drawn_rows.shape[0] == num_rows:
             token_ids = _draw(adjusted, batch, drawn_rows)
-        else:
+        elif drawn_rows.shape[0] > 0:
             token_ids[drawn_rows] = _draw(adjusted[drawn_rows], batch, drawn_rows)
     if batch.num_logprobs < 0:
         return Sampled(token_ids)

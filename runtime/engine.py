@@ -1,11 +1,13 @@
 """The engine as a plain synchronous object: ``add``, ``abort``, ``step``, ``generate``.
 
-``step`` is the table of contents of the whole runtime: plan, run, commit.
+``step`` is the table of contents of the whole runtime: plan, launch, commit. On a GPU it plans and
+launches one step ahead: the device always has work while the host reads, commits and streams.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
@@ -35,10 +37,18 @@ Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all) while weights are read."""
 
 
+class RunningStep(Protocol):
+    """A step under way on the device."""
+
+    def tokens(self) -> list[SampledToken]:
+        """Wait for the step; one token per sampling chunk, in plan order. Call it once."""
+
+
 class Runner(Protocol):
     """What the engine needs from a model runner; tests put a scripted one here."""
 
-    def run(self, plan: Plan) -> list[SampledToken]: ...
+    def launch(self, plan: Plan) -> RunningStep:
+        """Start a step behind those already started, without waiting for any."""
 
 
 @dataclass(slots=True)
@@ -70,6 +80,7 @@ class Engine:
         self.info = info
         self.tokenizer = tokenizer
         self._seq_ids = itertools.count()
+        self._in_flight: deque[tuple[Plan, RunningStep]] = deque()
 
     @classmethod
     def from_checkpoint(cls, config: EngineConfig, progress: Progress | None = None) -> Engine:
@@ -122,6 +133,7 @@ class Engine:
             kv_cache_bytes=(num_pages + 1) * config.page_size * bytes_per_token,
             vocab_size=tokenizer.num_tokens,
             eos_token_ids=tuple(sorted(tokenizer.eos_token_ids)),
+            run_ahead=config.resolve_run_ahead(device),
         )
         runner = ModelRunner(
             model,
@@ -134,6 +146,8 @@ class Engine:
             device=device,
             dtype=dtype,
         )
+        if device.type == "cuda" and config.cuda_graphs != "off":
+            runner.record_steps()
         engine = cls(runner, make_scheduler(info), info, tokenizer)
         if device.type == "cuda":
             engine.warm_up()
@@ -155,15 +169,27 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        return self.scheduler.has_work or bool(self._in_flight)
 
     def step(self) -> list[TokenEvent]:
-        """Run one forward pass over whatever is due. Empty if there is nothing to do."""
+        """Launch what is due and commit the oldest step, if more are under way than may run ahead.
+
+        Empty if there is nothing to do or nothing to report yet.
+        """
         plan = self.scheduler.plan()
-        if plan is None:
+        if plan is not None:
+            self._in_flight.append((plan, self.runner.launch(plan)))
+            if len(self._in_flight) <= self.info.run_ahead:
+                return []
+        if not self._in_flight:
             return []
-        sampled = self.runner.run(plan)
-        return self.scheduler.commit(plan, sampled)
+        plan, running = self._in_flight.popleft()
+        return self.scheduler.commit(plan, running.tokens())
+
+    def fail_running(self) -> list[TokenEvent]:
+        """End every running sequence after a step that raised; the waiting ones are untouched."""
+        self._in_flight.clear()
+        return self.scheduler.fail_running()
 
     def stats(self) -> dict[str, int]:
         """Counts that a leak would show in."""

@@ -43,6 +43,8 @@ class EngineConfig:
     yarn_attn_factor: str = "checkpoint"  # checkpoint: as config.json says | ignore
     page_size: int = DEFAULT_PAGE_SIZE  # tokens in a page of the KV cache
     kv_cache_memory: int | None = None  # bytes
+    cuda_graphs: str = "lazy"  # of decode steps: lazy: when first needed | start | off
+    run_ahead: int | None = None  # steps launched before the oldest is read; None: 1 on a GPU
     num_threads: int | None = None  # CPU threads of the engine process
 
     def __post_init__(self) -> None:
@@ -55,6 +57,7 @@ class EngineConfig:
             ("quantization", ("auto", "none", "fp8")),
             ("fp8_activations", ("auto", "on", "off")),
             ("yarn_attn_factor", ("checkpoint", "ignore")),
+            ("cuda_graphs", ("lazy", "start", "off")),
         ):
             value = getattr(self, name)
             if value not in allowed:
@@ -70,6 +73,8 @@ class EngineConfig:
             if value is not None and not 1 <= value <= limit:
                 flag = name.replace("_", "-")
                 raise ConfigError(f"--{flag} must be between 1 and {limit}, got {value}")
+        if self.run_ahead not in (None, 0, 1):
+            raise ConfigError(f"run_ahead must be 0 or 1, got {self.run_ahead}")
         if self.num_threads is not None and not 1 <= self.num_threads <= MAX_THREADS:
             raise ConfigError(
                 f"--threads must be between 1 and {MAX_THREADS}, got {self.num_threads}"
@@ -93,6 +98,10 @@ class EngineConfig:
                 "devices to PyTorch; use --device cpu or install a CUDA build of torch"
             )
         return device
+
+    def resolve_run_ahead(self, device: torch.device) -> int:
+        """A CPU computes in the thread that plans, so there is nothing to run ahead of."""
+        return int(device.type == "cuda") if self.run_ahead is None else self.run_ahead
 
     def resolve_model_len(self, limit: int) -> int:
         """Longest context wanted from a model made for ``limit`` tokens. Raises `ConfigError`."""
@@ -153,6 +162,7 @@ class EngineInfo:
     kv_cache_bytes: int
     vocab_size: int
     eos_token_ids: tuple[int, ...]
+    run_ahead: int = 0  # steps launched before the oldest is read
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> EngineInfo:

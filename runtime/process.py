@@ -286,7 +286,7 @@ def serve_engine(sock: socket.socket) -> None:
             traceback.print_exc()
             if engine.info.device != "cpu":
                 raise  # a failed kernel leaves the device unusable for this process
-            events = engine.scheduler.fail_running()
+            events = engine.fail_running()
         if events:
             sock.sendall(wire.encode({"type": "events", "events": wire.pack_events(events)}))
 

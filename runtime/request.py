@@ -157,8 +157,9 @@ class Sequence:
     """One request inside the engine.
 
     Positions:
-      [0, num_computed)            tokens whose K/V is in the pages of ``block_table``
-      [num_computed, num_tokens)   known tokens that still have to run
+      [0, num_computed)            tokens that ran or are part of a planned step
+      [num_computed, num_tokens)   tokens that still have to run
+    The last ``num_pending`` tokens are drawn by planned steps and not known to the host yet.
     """
 
     seq_id: int
@@ -169,6 +170,7 @@ class Sequence:
     output_ids: list[int] = field(default_factory=list)
     block_table: list[int] = field(default_factory=list)
     num_computed: int = 0
+    num_pending: int = 0
     row: int = -1  # index into the sampler's per-sequence state while running
     status: SequenceStatus = SequenceStatus.WAITING
     num_preemptions: int = 0
@@ -179,7 +181,7 @@ class Sequence:
 
     @property
     def num_tokens(self) -> int:
-        return len(self.prompt_ids) + len(self.output_ids)
+        return len(self.prompt_ids) + len(self.output_ids) + self.num_pending
 
     def token_range(self, start: int, end: int) -> list[int]:
         """Ids of the known tokens in [start, end)."""

@@ -1,133 +1,73 @@
-"""From a `Plan` to tokens: builds the step's tensors, runs the model, samples.
+"""From a `Plan` to tokens: packs the step's inputs, runs the model, samples, starts the read-back.
 
-Per-sequence state the GPU needs every step lives in arrays indexed by the sequence's ``row``, so a
-step gathers it with a handful of numpy operations instead of Python per sequence.
+`launch` returns while the device works. What a step draws stays on the device as input of the next,
+so the host may launch a step before it has seen the tokens of the one before.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from kernels.batch import PagedBatch
-from kernels.sampling import Sampled, SamplingBatch, count_tokens, sample
+from kernels.sampling import Sampled, count_tokens, sample
+from runtime.graphs import CudaQueue, DecodeGraphs, DeviceQueue, GraphKey, HostQueue, Inputs
 from runtime.models import CausalLM
-from runtime.request import Sequence, TokenLogprobs
-from runtime.scheduler import Plan, SampledToken
+from runtime.request import TokenLogprobs
+from runtime.sampler_rows import SamplerRows, SamplingKind
+from runtime.scheduler import Chunk, Plan, SampledToken
+from runtime.staging import Array, Staging
 
-Int32Array = npt.NDArray[np.int32]
-Int64Array = npt.NDArray[np.int64]
+DUMMY_PAGE = 0
 
 
-class SamplerRows:
-    """Sampling parameters of the running sequences, one row each, and their token counts."""
+@dataclass(frozen=True, slots=True)
+class StepShape:
+    """What the host knows of a step; lengths are limits, the true ones are on the device."""
 
-    def __init__(self, max_num_seqs: int, vocab_size: int, device: torch.device) -> None:
-        self.vocab_size = vocab_size
-        self.device = device
-        self.temperature = np.zeros(max_num_seqs, np.float32)
-        self.top_k = np.zeros(max_num_seqs, np.int32)
-        self.top_p = np.zeros(max_num_seqs, np.float32)
-        self.min_p = np.zeros(max_num_seqs, np.float32)
-        self.presence = np.zeros(max_num_seqs, np.float32)
-        self.frequency = np.zeros(max_num_seqs, np.float32)
-        self.repetition = np.ones(max_num_seqs, np.float32)
-        self.seeds = np.zeros(max_num_seqs, np.int64)
-        self.penalized = np.zeros(max_num_seqs, np.bool_)
-        self.output_counts: Tensor | None = None  # [max_num_seqs, vocab], made when first needed
+    num_decodes: int
+    max_query_len: int
+    max_context_len: int
+    min_chunk_context_len: int
+    num_sampled: int
 
-    def start(self, seq: Sequence) -> None:
-        """Fill the row of a sequence that begins to run, also after a preemption."""
-        params, row = seq.params, seq.row
-        self.temperature[row] = params.temperature
-        self.top_k[row] = max(params.top_k, 0)
-        self.top_p[row] = params.top_p
-        self.min_p[row] = params.min_p
-        self.presence[row] = params.presence_penalty
-        self.frequency[row] = params.frequency_penalty
-        self.repetition[row] = params.repetition_penalty
-        self.seeds[row] = seq.seed
-        self.penalized[row] = params.has_penalties
-        if params.has_penalties:
-            if self.output_counts is None:
-                shape = (len(self.seeds), self.vocab_size)
-                self.output_counts = torch.zeros(shape, dtype=torch.int32, device=self.device)
-            counts = np.bincount(seq.output_ids, minlength=self.vocab_size).astype(np.int32)
-            self.output_counts[row] = torch.from_numpy(counts).to(self.device)
 
-    def batch(self, seqs: list[Sequence], eos_token_ids: frozenset[int]) -> SamplingBatch:
-        """The sampler's argument for these sequences, in this order."""
-        rows = np.fromiter((seq.row for seq in seqs), np.int64, len(seqs))
-        positions = np.fromiter((seq.num_tokens for seq in seqs), np.int64, len(seqs))
-        penalized = bool(self.penalized[rows].any())
-        bias_ids, bias_values = self._bias(seqs, eos_token_ids)
-        temperature, top_k = self.temperature[rows], self.top_k[rows]
-        top_p, min_p = self.top_p[rows], self.min_p[rows]
-        drawing = temperature > 0
-        any_filter = bool((drawing & ((top_k > 0) | (top_p < 1) | (min_p > 0))).any())
-        num_logprobs = max(
-            (-1 if seq.params.logprobs is None else seq.params.logprobs for seq in seqs), default=-1
-        )
-        return SamplingBatch(
-            temperature=to_device(self.device, temperature),
-            top_k=to_device(self.device, top_k),
-            top_p=to_device(self.device, top_p),
-            min_p=to_device(self.device, min_p),
-            seeds=to_device(self.device, self.seeds[rows]),
-            positions=to_device(self.device, positions),
-            vocab_size=self.vocab_size,
-            all_greedy=not bool(drawing.any()),
-            any_filter=any_filter,
-            presence=to_device(self.device, self.presence[rows]) if penalized else None,
-            frequency=to_device(self.device, self.frequency[rows]) if penalized else None,
-            repetition=to_device(self.device, self.repetition[rows]) if penalized else None,
-            output_counts=self.output_counts if penalized else None,
-            rows=to_device(self.device, rows) if penalized else None,
-            bias_ids=bias_ids,
-            bias_values=bias_values,
-            num_logprobs=num_logprobs,
-        )
+class _Memory:
+    """What a step needs on the host until its tokens are read."""
 
-    def count(self, batch: SamplingBatch, token_ids: Tensor) -> None:
-        """Note the drawn tokens for later penalties, on the device."""
-        if batch.output_counts is not None and batch.rows is not None:
-            count_tokens(batch.output_counts, batch.rows, token_ids)
+    def __init__(self, device: torch.device) -> None:
+        self.inputs = Staging(device)
+        self.extra = Staging(device)
 
-    def _bias(
-        self, seqs: list[Sequence], eos_token_ids: frozenset[int]
-    ) -> tuple[Tensor | None, Tensor | None]:
-        entries: list[dict[int, float]] = []
-        for seq in seqs:
-            params = seq.params
-            bias = dict(params.logit_bias)
-            if len(seq.output_ids) < params.min_tokens:
-                banned = (
-                    params.stop_token_ids
-                    if params.ignore_eos
-                    else (
-                        *params.stop_token_ids,
-                        *eos_token_ids,
-                    )
-                )
-                bias.update(dict.fromkeys(banned, -math.inf))
-            entries.append(bias)
-        width = max(map(len, entries), default=0)
-        if width == 0:
-            return None, None
-        ids = np.full((len(seqs), width), -1, np.int64)
-        values = np.zeros((len(seqs), width), np.float32)
-        for row, bias in enumerate(entries):
-            ids[row, : len(bias)] = list(bias)
-            values[row, : len(bias)] = list(bias.values())
-        return to_device(self.device, ids), to_device(self.device, values)
+
+class LaunchedStep:
+    """A step that the device has in its queue."""
+
+    def __init__(
+        self,
+        chunks: list[Chunk],
+        drawn: Sampled | None,
+        wait: Callable[[], None],
+        free_memory: Callable[[], None],
+    ) -> None:
+        self._chunks = chunks
+        self._drawn = drawn
+        self._wait = wait
+        self._free_memory = free_memory
+
+    def tokens(self) -> list[SampledToken]:
+        """Wait for the step; one token per sampling chunk. Call it once."""
+        self._wait()
+        self._free_memory()
+        return [] if self._drawn is None else _tokens(self._drawn, self._chunks)
 
 
 class ModelRunner:
-    """Owns the model, its pages and the sampler's rows. One call of `run` is one step."""
+    """Owns the model, its pages and the sequences' rows. One `launch` is one step."""
 
     def __init__(
         self,
@@ -141,8 +81,12 @@ class ModelRunner:
         eos_token_ids: frozenset[int],
         device: torch.device,
         dtype: torch.dtype,
+        queue: DeviceQueue | None = None,
     ) -> None:
-        """``num_tokens``: ids at and above it are padding rows of the head and are never drawn."""
+        """``num_tokens``: ids at and above it are padding rows of the head and are never drawn.
+
+        ``queue`` is the device's own unless a test or a benchmark stands in for it.
+        """
         self.model = model
         self.page_size = page_size
         self.device = device
@@ -156,83 +100,209 @@ class ModelRunner:
             for layer in model.cache_spec()
         ]
         self.sampler = SamplerRows(max_num_seqs, num_tokens, device)
-        pages_per_seq = -(-max_model_len // page_size)
-        self._block_table = np.zeros((max_num_seqs, pages_per_seq), np.int32)
-        self._num_pages = np.zeros(max_num_seqs, np.int32)  # valid entries of each row
+        self.queue = queue or (CudaQueue() if device.type == "cuda" else HostQueue())
+        self.graphs: DecodeGraphs | None = None
+        # Rows of sequences, then one of padding. The device's copies are changed by steps only.
+        self._padding_row = max_num_seqs
+        self._pages_per_seq = -(-max_model_len // page_size)
+        table_shape = (max_num_seqs + 1, self._pages_per_seq)
+        self._block_tables = np.full(table_shape, DUMMY_PAGE, np.int32)
+        self._num_pages = [0] * (max_num_seqs + 1)  # entries of each row that the device has
+        self._device_tables = torch.full(table_shape, DUMMY_PAGE, dtype=torch.int32, device=device)
+        self._last_tokens = torch.zeros(max_num_seqs + 1, dtype=torch.int64, device=device)
+        self._free_memory: list[_Memory] = []
+
+    def record_steps(self) -> None:
+        """Record decode steps when they first come up, and replay them from then on."""
+        max_num_seqs = self._padding_row
+        max_model_len = self._pages_per_seq * self.page_size
+        self.graphs = DecodeGraphs(
+            self.queue, self.device, max_num_seqs, max_model_len, self._recorded_step, self._padding
+        )
 
     @torch.inference_mode()
-    def run(self, plan: Plan) -> list[SampledToken]:
+    def launch(self, plan: Plan) -> LaunchedStep:
         """Write K/V of exactly [start, end) of each chunk; draw a token where a chunk samples."""
         for seq in plan.started:
             self._num_pages[seq.row] = 0
             self.sampler.start(seq)
-        token_ids, batch = self._batch(plan)
-        hidden = self.model.forward(token_ids, batch, self.caches)  # [num_tokens, hidden]
-        samplers = [i for i, chunk in enumerate(plan.chunks) if chunk.samples]
-        if not samplers:
-            return []
-        ends = np.cumsum([chunk.num_tokens for chunk in plan.chunks])[samplers] - 1
-        if len(ends) < hidden.shape[0]:
-            hidden = hidden[to_device(self.device, ends)]  # [num_sampled, hidden]
-        logits = self.model.logits(hidden)  # [num_sampled, vocab]
-        seqs = [plan.chunks[i].seq for i in samplers]
-        sampling = self.sampler.batch(seqs, self.eos_token_ids)
-        sampled = sample(logits, sampling)
-        self.sampler.count(sampling, sampled.token_ids)
-        return _to_host(sampled, seqs)
-
-    def _batch(self, plan: Plan) -> tuple[Tensor, PagedBatch]:
-        chunks = plan.chunks
-        rows = np.fromiter((chunk.seq.row for chunk in chunks), np.int64, len(chunks))
-        starts = np.fromiter((chunk.start for chunk in chunks), np.int64, len(chunks))
-        lens = np.fromiter((chunk.num_tokens for chunk in chunks), np.int64, len(chunks))
-        ids: list[int] = []
-        for chunk in chunks:
-            ids += chunk.seq.token_range(chunk.start, chunk.end)
-            self._copy_block_table(chunk.seq)
-        cu_seqlens = np.zeros(len(chunks) + 1, np.int32)
-        np.cumsum(lens, out=cu_seqlens[1:])
-        owners = np.repeat(np.arange(len(chunks)), lens)  # chunk of each token
-        positions = np.arange(len(ids)) + (starts - cu_seqlens[:-1])[owners]
-        context_lens = (starts + lens).astype(np.int32)
-        max_context_len = int(context_lens.max())
-        table = self._block_table[rows, : -(-max_context_len // self.page_size)]
-        pages = table[owners, positions // self.page_size]
-        slots = pages.astype(np.int64) * self.page_size + positions % self.page_size
-        batch = PagedBatch(
-            positions=to_device(self.device, positions),
-            slot_mapping=to_device(self.device, slots),
-            cu_seqlens_q=to_device(self.device, cu_seqlens),
-            context_lens=to_device(self.device, context_lens),
-            block_table=to_device(self.device, table),
-            num_decodes=plan.num_decodes,
-            max_query_len=int(lens.max()),
-            max_context_len=max_context_len,
-            min_chunk_context_len=min(context_lens[plan.num_decodes :].tolist(), default=0),
+        memory = self._free_memory.pop() if self._free_memory else _Memory(self.device)
+        sampling = [chunk for chunk in plan.chunks if chunk.samples]
+        rows = np.array([chunk.seq.row for chunk in sampling], np.int64)
+        kind = self.sampler.kind_of(rows) if sampling else None
+        key = self.graphs.key_of(plan, kind) if self.graphs else None
+        arrays, shape = self._arrays(plan, sampling, key)
+        fields = memory.inputs.pack(arrays)
+        drawn: Sampled | None = None
+        if key is not None and self.graphs is not None:
+            inputs, output = self.graphs.run(key, memory.inputs, fields)
+            if key.kind is not None:
+                drawn = Sampled(output)
+        else:
+            inputs = memory.inputs.upload(fields)
+            output = self._logits(inputs, shape)
+        if drawn is None and kind is not None:
+            if not kind.is_plain:
+                extra = self.sampler.extra_arrays(
+                    kind, arrays["sample_rows"], sampling, self.eos_token_ids
+                )
+                inputs = inputs | memory.extra.upload(memory.extra.pack(extra))
+            drawn = self._sample(output, inputs, kind)
+        read = None if drawn is None else self._start_reading(drawn)
+        return LaunchedStep(
+            sampling, read, self.queue.mark(), lambda: self._free_memory.append(memory)
         )
-        return to_device(self.device, np.array(ids, np.int64)), batch
 
-    def _copy_block_table(self, seq: Sequence) -> None:
-        known = self._num_pages[seq.row]
-        if known < len(seq.block_table):
-            self._block_table[seq.row, known : len(seq.block_table)] = seq.block_table[known:]
-            self._num_pages[seq.row] = len(seq.block_table)
+    # -- what runs on the device, recorded or not ------------------------------------------
+
+    def _recorded_step(self, key: GraphKey, inputs: Inputs) -> Tensor:
+        size = key.batch_size
+        logits = self._logits(inputs, StepShape(size, 1, key.context_limit, 0, size))
+        return logits if key.kind is None else self._sample(logits, inputs, key.kind).token_ids
+
+    def _logits(self, inputs: Inputs, shape: StepShape) -> Tensor:
+        """[num_sampled, vocab]; the hidden states of all tokens if none samples."""
+        rows = inputs["rows"]
+        self._device_tables.view(-1).index_copy_(0, inputs["table_entries"], inputs["table_pages"])
+        decoded = inputs["token_ids"][: shape.num_decodes]
+        drawn = self._last_tokens.index_select(0, rows[: shape.num_decodes])
+        decoded.copy_(torch.where(decoded < 0, drawn, decoded))
+        width = -(-shape.max_context_len // self.page_size)
+        batch = PagedBatch(
+            positions=inputs["positions"],
+            slot_mapping=inputs["slots"],
+            cu_seqlens_q=inputs["cu_seqlens_q"],
+            context_lens=inputs["context_lens"],
+            block_table=self._device_tables[:, :width].index_select(0, rows),
+            num_decodes=shape.num_decodes,
+            max_query_len=shape.max_query_len,
+            max_context_len=shape.max_context_len,
+            min_chunk_context_len=shape.min_chunk_context_len,
+        )
+        hidden = self.model.forward(inputs["token_ids"], batch, self.caches)
+        if shape.num_sampled == 0:
+            return hidden
+        if shape.num_sampled < hidden.shape[0]:
+            hidden = hidden.index_select(0, inputs["logit_rows"])
+        return self.model.logits(hidden)
+
+    def _sample(self, logits: Tensor, inputs: Inputs, kind: SamplingKind) -> Sampled:
+        """Draw, and leave the tokens where the next step finds them."""
+        batch = self.sampler.batch(kind, inputs)
+        sampled = sample(logits, batch)
+        if batch.output_counts is not None and batch.rows is not None:
+            count_tokens(batch.output_counts, batch.rows, sampled.token_ids)
+        self._last_tokens.index_copy_(0, inputs["sample_rows"], sampled.token_ids)
+        return sampled
+
+    def _padding(self, key: GraphKey) -> dict[str, Array]:
+        return self._arrays(Plan([], 0, []), [], key)[0]
+
+    # -- the host's part -------------------------------------------------------------------
+
+    def _arrays(
+        self, plan: Plan, sampling: list[Chunk], key: GraphKey | None
+    ) -> tuple[dict[str, Array], StepShape]:
+        """A step's inputs, padded to the rows of a graph if there is a ``key``."""
+        rows: list[int] = []
+        starts: list[int] = []
+        ends: list[int] = []
+        token_ids: list[int] = []
+        entries: list[int] = []  # of the device's table, flat, and the pages to write there
+        pages: list[int] = []
+        for chunk in plan.chunks:
+            seq = chunk.seq
+            row = seq.row
+            rows.append(row)
+            starts.append(chunk.start)
+            ends.append(chunk.end)
+            # a token that is still being drawn is negative: the device knows it
+            token_ids += seq.token_range(chunk.start, chunk.end) or (-1,)
+            num_known = self._num_pages[row]
+            if num_known < len(seq.block_table):
+                new = seq.block_table[num_known:]
+                self._block_tables[row, num_known : num_known + len(new)] = new
+                first = row * self._pages_per_seq + num_known
+                entries += range(first, first + len(new))
+                pages += new
+                self._num_pages[row] = len(seq.block_table)
+        if key is not None:
+            num_padding = key.batch_size - len(rows)
+            rows += [self._padding_row] * num_padding
+            starts += [0] * num_padding
+            ends += [1] * num_padding
+            token_ids += [0] * num_padding
+            num_entries = key.batch_size - len(entries)
+            assert num_entries >= 0, "a decode takes one page at most"
+            entries += [self._padding_row * self._pages_per_seq] * num_entries
+            pages += [DUMMY_PAGE] * num_entries
+
+        row_array = np.array(rows, np.int64)
+        start_array, end_array = np.array(starts, np.int64), np.array(ends, np.int64)
+        lens = end_array - start_array
+        cu_seqlens = np.zeros(len(rows) + 1, np.int64)
+        np.cumsum(lens, out=cu_seqlens[1:])
+        if len(token_ids) == len(rows):
+            owners, positions = row_array, start_array
+        else:
+            owners = np.repeat(row_array, lens)  # row of each token
+            positions = np.arange(len(token_ids)) + np.repeat(start_array - cu_seqlens[:-1], lens)
+        table_pages = self._block_tables[owners, positions // self.page_size].astype(np.int64)
+        if len(sampling) == len(plan.chunks):  # padding samples too
+            samplers: slice | Array = slice(None)
+        else:
+            samplers = np.array([i for i, chunk in enumerate(plan.chunks) if chunk.samples], int)
+        arrays: dict[str, Array] = {
+            "token_ids": np.array(token_ids, np.int64),
+            "positions": positions,
+            "slots": table_pages * self.page_size + positions % self.page_size,
+            "rows": row_array,
+            "cu_seqlens_q": cu_seqlens.astype(np.int32),
+            "context_lens": end_array.astype(np.int32),
+            "table_entries": np.array(entries, np.int64),
+            "table_pages": np.array(pages, np.int32),
+        }
+        if sampling or key is not None:
+            arrays["logit_rows"] = (cu_seqlens[1:] - 1)[samplers]
+            arrays |= self.sampler.arrays(row_array[samplers], end_array[samplers])
+        num_decodes = plan.num_decodes if key is None else key.batch_size
+        return arrays, StepShape(
+            num_decodes=num_decodes,
+            max_query_len=int(lens.max()),
+            max_context_len=int(end_array.max()),
+            min_chunk_context_len=int(end_array[num_decodes:].min(initial=1 << 62))
+            if num_decodes < len(rows)
+            else 0,
+            num_sampled=len(arrays["logit_rows"]) if "logit_rows" in arrays else 0,
+        )
+
+    @staticmethod
+    def _start_reading(sampled: Sampled) -> Sampled:
+        """A copy on the host, complete once the queue has come so far."""
+        return Sampled(
+            _copy_to_host(sampled.token_ids),
+            None if sampled.logprobs is None else _copy_to_host(sampled.logprobs),
+            None if sampled.top_ids is None else _copy_to_host(sampled.top_ids),
+            None if sampled.top_logprobs is None else _copy_to_host(sampled.top_logprobs),
+        )
 
 
-def to_device(device: torch.device, array: npt.NDArray[np.generic]) -> Tensor:
-    return torch.from_numpy(array).to(device, non_blocking=True)
+def _copy_to_host(tensor: Tensor) -> Tensor:
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    return copy.copy_(tensor, non_blocking=True)
 
 
-def _to_host(sampled: Sampled, seqs: list[Sequence]) -> list[SampledToken]:
-    token_ids: list[int] = sampled.token_ids.tolist()
-    if sampled.logprobs is None or sampled.top_ids is None or sampled.top_logprobs is None:
+def _tokens(drawn: Sampled, chunks: list[Chunk]) -> list[SampledToken]:
+    """Rows of padding, which come last, are left out."""
+    token_ids: list[int] = drawn.token_ids[: len(chunks)].tolist()
+    if drawn.logprobs is None or drawn.top_ids is None or drawn.top_logprobs is None:
         return [SampledToken(token_id) for token_id in token_ids]
-    logprobs: list[float] = sampled.logprobs.tolist()
-    top_ids: list[list[int]] = sampled.top_ids.tolist()
-    top_logprobs: list[list[float]] = sampled.top_logprobs.tolist()
+    logprobs: list[float] = drawn.logprobs.tolist()
+    top_ids: list[list[int]] = drawn.top_ids.tolist()
+    top_logprobs: list[list[float]] = drawn.top_logprobs.tolist()
     tokens = []
-    for i, seq in enumerate(seqs):
-        num_top = seq.params.logprobs
+    for i, chunk in enumerate(chunks):
+        num_top = chunk.seq.params.logprobs
         if num_top is None:
             tokens.append(SampledToken(token_ids[i]))
             continue

@@ -2,6 +2,7 @@
 
 Pure Python, no tensors. One step is a token budget filled with decodes first, then with prompt
 chunks in arrival order; a decode is a chunk of length 1, so there is one path for everything.
+A step may be planned while earlier ones still run: what they draw is pending, and counts.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from runtime.blocks import PagePool
 from runtime.request import FinishReason, Sequence, SequenceStatus, TokenEvent, TokenLogprobs
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen, here and below: thousands are made in a second
 class Chunk:
     """Tokens [start, end) of one sequence; ``samples`` if the step draws its next token."""
 
@@ -42,7 +43,7 @@ class Plan:
         return sum(chunk.num_tokens for chunk in self.chunks)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SampledToken:
     """What the runner drew for one chunk whose ``samples`` is set."""
 
@@ -55,6 +56,8 @@ class Scheduler:
 
     ``plan()`` chooses chunks with at most ``max_step_tokens`` tokens and allocates their pages;
     ``commit()`` is the only place that appends tokens, decides ``finish_reason`` and frees pages.
+    Plans are committed in their order, but the next may be made before. Steps run in order too, so
+    pages freed while a later step that still writes to them is under way may be given out again.
     A sequence that cannot get a page makes the latest arrival give its pages back and recompute
     later, so the earliest always moves on. Callers admit only sequences that fit the whole pool.
     """
@@ -91,8 +94,6 @@ class Scheduler:
         seq = self._sequences.get(seq_id)
         if seq is None:
             return False
-        if seq.status is SequenceStatus.WAITING:
-            self.waiting.remove(seq)
         self._finish(seq)
         return True
 
@@ -107,33 +108,38 @@ class Scheduler:
     # -- one step --------------------------------------------------------------------------
 
     def plan(self) -> Plan | None:
-        """The next step, or None if there is nothing to run. Deterministic."""
-        chunks = self._plan_running()
-        chunks += self._plan_waiting(self.max_step_tokens - sum(c.num_tokens for c in chunks))
-        while not chunks and self.running:
+        """The next step, or None if nothing can run before a commit. Deterministic."""
+        decodes, chunks = self._plan_running()
+        while not decodes and not chunks and self._is_stuck():
             # Prompts hold every page and none can grow: the latest arrival makes room.
             self._preempt(self.running[-1])
-            chunks = self._plan_running() or self._plan_waiting(self.max_step_tokens)
-        if not chunks:
+            decodes, chunks = self._plan_running()
+        budget = self.max_step_tokens - len(decodes) - sum(chunk.num_tokens for chunk in chunks)
+        for chunk in self._plan_waiting(budget):
+            (decodes if chunk.num_tokens == 1 else chunks).append(chunk)
+        if not decodes and not chunks:
             return None
-        chunks.sort(key=lambda chunk: chunk.num_tokens > 1)
         started, self._started = self._started, []
         return Plan(
-            chunks=chunks,
-            num_decodes=sum(chunk.num_tokens == 1 for chunk in chunks),
+            chunks=decodes + chunks,
+            num_decodes=len(decodes),
             started=[seq for seq in started if seq.status is SequenceStatus.RUNNING],
         )
 
     def commit(self, plan: Plan, sampled: Seq[SampledToken]) -> list[TokenEvent]:
-        """Record a finished step. ``sampled`` has one entry per sampling chunk, in plan order."""
+        """Record a finished step. ``sampled`` has one entry per sampling chunk, in plan order.
+
+        What a step drew for a sequence that had ended before is dropped.
+        """
         events = []
         tokens: Iterator[SampledToken] = iter(sampled)
         for chunk in plan.chunks:
-            seq = chunk.seq
-            seq.num_computed = chunk.end
             if not chunk.samples:
                 continue
-            token = next(tokens)
+            seq, token = chunk.seq, next(tokens)
+            if seq.status is SequenceStatus.FINISHED:
+                continue
+            seq.num_pending -= 1
             seq.output_ids.append(token.token_id)
             reason = self._finish_reason(seq, token.token_id)
             if reason is not None:
@@ -142,8 +148,8 @@ class Scheduler:
         return events
 
     def fail_running(self) -> list[TokenEvent]:
-        """End every running sequence after a step that raised; the waiting ones are untouched."""
-        failed = list(self.running)
+        """End what runs, and what waits for a token that will not come; others wait on."""
+        failed = self.running + [seq for seq in self.waiting if seq.num_pending]
         for seq in failed:
             self._finish(seq)
         return [TokenEvent(seq.seq_id, None, FinishReason.ERROR) for seq in failed]
@@ -158,32 +164,43 @@ class Scheduler:
             assert len(seq.block_table) * self.page_size >= seq.num_computed
         for seq in self.waiting:
             assert not seq.block_table and seq.num_computed == 0 and seq.row == -1
+        assert all(0 <= seq.num_pending <= seq.max_new_tokens for seq in self._sequences.values())
 
     # -- parts of plan ---------------------------------------------------------------------
 
-    def _plan_running(self) -> list[Chunk]:
-        chunks = []
+    def _plan_running(self) -> tuple[list[Chunk], list[Chunk]]:
+        """Decodes, then chunks of prompts that have begun."""
+        decodes: list[Chunk] = []
+        prompts: list[Sequence] = []
         budget = self.max_step_tokens
         for seq in list(self.running):
-            if budget == 0 or seq.status is not SequenceStatus.RUNNING:
+            if seq.status is not SequenceStatus.RUNNING:
                 continue  # preempted by an earlier sequence of this very loop
-            if seq.num_tokens - seq.num_computed == 1 and self._make_room(seq):
-                chunks.append(self._chunk(seq, 1))
-                budget -= 1
-        for seq in self.running:
             remaining = seq.num_tokens - seq.num_computed
-            if budget == 0 or remaining == 1:
+            if remaining > 1:
+                prompts.append(seq)
+            elif budget and not self._is_complete(seq) and self._make_room(seq):
+                decodes.append(self._chunk(seq, 1))
+                budget -= 1
+        chunks: list[Chunk] = []
+        for seq in prompts:
+            if seq.status is not SequenceStatus.RUNNING:
                 continue
-            num_tokens = self._grow(seq, min(remaining, budget))
+            num_tokens = self._part(seq.num_tokens - seq.num_computed, budget)
+            num_tokens = self._grow(seq, num_tokens)
             if num_tokens:
-                chunks.append(self._chunk(seq, num_tokens))
+                (decodes if num_tokens == 1 else chunks).append(self._chunk(seq, num_tokens))
                 budget -= num_tokens
-        return chunks
+        return decodes, chunks
 
     def _plan_waiting(self, budget: int) -> list[Chunk]:
-        chunks = []
-        while self.waiting and budget > 0 and self._free_rows:
+        chunks: list[Chunk] = []
+        while self.waiting and self._free_rows:
             seq = self.waiting[0]
+            num_tokens = self._part(seq.num_tokens, budget)
+            # A preempted sequence may have a token that is still being drawn.
+            if num_tokens == 0 or seq.num_pending:
+                break
             # One page beyond the prompt keeps a newcomer from preempting itself at its first token.
             if self._pages_for(seq.num_tokens + 1) > self.pool.num_free:
                 break
@@ -192,14 +209,35 @@ class Scheduler:
             seq.row = self._free_rows.pop()
             self.running.append(seq)
             self._started.append(seq)
-            num_tokens = self._grow(seq, min(seq.num_tokens, budget))
+            num_tokens = self._grow(seq, num_tokens)
             chunks.append(self._chunk(seq, num_tokens))
             budget -= num_tokens
         return chunks
 
+    def _part(self, remaining: int, budget: int) -> int:
+        """How many of ``remaining`` tokens of a prompt to run within ``budget``.
+
+        A single token would run as a decode, which rounds differently on a GPU; so that neighbours
+        do not decide that, a prompt is cut into parts of two or more.
+        """
+        if remaining <= budget or self.max_step_tokens < 4:
+            return min(remaining, budget)
+        return min(budget, remaining - 2) if min(budget, remaining - 2) > 1 else 0
+
     def _chunk(self, seq: Sequence, num_tokens: int) -> Chunk:
-        end = seq.num_computed + num_tokens
-        return Chunk(seq, seq.num_computed, end, samples=end == seq.num_tokens)
+        start, end = seq.num_computed, seq.num_computed + num_tokens
+        samples = end == seq.num_tokens
+        seq.num_computed = end
+        seq.num_pending += samples
+        return Chunk(seq, start, end, samples)
+
+    def _is_complete(self, seq: Sequence) -> bool:
+        """Whether the tokens on their way are the last that the sequence may have."""
+        return len(seq.output_ids) + seq.num_pending >= seq.max_new_tokens
+
+    def _is_stuck(self) -> bool:
+        """Whether no commit can help: something runs, and nothing is on its way."""
+        return bool(self.running) and not any(seq.num_pending for seq in self.running)
 
     # -- pages -----------------------------------------------------------------------------
 
@@ -254,5 +292,7 @@ class Scheduler:
     def _finish(self, seq: Sequence) -> None:
         if seq.status is SequenceStatus.RUNNING:
             self._release(seq)
+        else:
+            self.waiting.remove(seq)
         seq.status = SequenceStatus.FINISHED
         del self._sequences[seq.seq_id]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -162,6 +164,94 @@ def test_preemption_changes_no_token(
         preempted += sum(seq.num_preemptions for seq in engine.scheduler.waiting)
     assert preempted > 0
     assert received == {i: expected[i] for i in short}
+
+
+def replaying(engine: Engine) -> Engine:
+    """The same engine, whose decode steps are recorded and replayed as graphs are on a GPU."""
+    engine.runner.record_steps()  # type: ignore[attr-defined]
+    return engine
+
+
+@pytest.mark.parametrize("run_ahead", [0, 1])
+def test_replayed_steps_and_late_reading_change_no_token(
+    family: tuple[Path, list[list[int]], list[list[int]]], run_ahead: int
+) -> None:
+    """Batches of 1 to 12 padded to recorded sizes, contexts on both sides of a limit."""
+    folder, prompts, expected = family
+    engine = replaying(make_engine(folder, run_ahead=run_ahead, max_num_seqs=12, page_size=8))
+    assert answers(engine, prompts) == expected
+    assert [answers(engine, [prompt])[0] for prompt in prompts] == expected
+    assert answers(engine, prompts[:3]) == expected[:3]
+    assert engine.runner.graphs.num_graphs >= 3  # type: ignore[attr-defined]
+    assert_idle(engine)
+
+
+@pytest.mark.parametrize("replays", [False, True])
+def test_steps_run_ahead_of_every_kind_of_sampling(tiny: Engine, replays: bool) -> None:
+    """Penalties, bias, min_tokens and logprobs of a token follow from those before it."""
+    prompts = [chat_ids(tiny, chat[-1]["content"]) for chat in chats()[:12]]
+    kinds = [
+        {},
+        {"temperature": 0.0},
+        {"top_p": 0.9, "top_k": 30},
+        {"frequency_penalty": 0.5, "presence_penalty": 0.5, "repetition_penalty": 1.2},
+        {"logit_bias": ((77, 3.0), (78, -100.0)), "min_tokens": 6},
+        {"logprobs": 3, "min_p": 0.05},
+    ]
+    each = [
+        SamplingParams(**({"max_tokens": 5 + i, "seed": i} | kinds[i % len(kinds)]))
+        for i in range(len(prompts))
+    ]
+    ahead = make_engine(TINY, run_ahead=1)
+    if replays:
+        replaying(ahead)
+    for chosen in (slice(None), slice(2, 3), slice(3, 4), slice(0, 2)):
+        assert ahead.generate(prompts[chosen], each[chosen]) == (
+            tiny.generate(prompts[chosen], each[chosen])
+        )
+    assert_idle(ahead)
+
+
+def test_preemption_and_aborts_while_running_ahead_change_no_token(
+    family: tuple[Path, list[list[int]], list[list[int]]],
+) -> None:
+    folder, prompts, expected = family
+    short = [i for i, prompt in enumerate(prompts) if len(prompt) <= 100]
+    engine = replaying(make_engine(folder, max_model_len=128, max_num_seqs=8, run_ahead=1))
+    engine.scheduler.pool.allocate(engine.info.num_pages - 16)
+    watched = {engine.add(prompts[i], GREEDY): i for i in short}
+    strangers = [engine.add(prompts[i], GREEDY) for i in short]
+    received: dict[int, list[int]] = {i: [] for i in short}
+    preempted = 0
+    while engine.has_work:
+        for event in engine.step():
+            if event.seq_id in watched:
+                received[watched[event.seq_id]].append(event.token_id or 0)
+        preempted += sum(seq.num_preemptions for seq in engine.scheduler.waiting)
+        if strangers and preempted:
+            engine.abort(strangers.pop())
+    assert preempted > 0
+    assert received == {i: expected[i] for i in short}
+
+
+def test_the_next_step_is_launched_before_the_last_is_read(tiny: Engine) -> None:
+    """The order that keeps a device busy: launch, launch, read, launch, read, ..., read."""
+    calls: list[str] = []
+
+    class Watched:
+        def __init__(self, runner: Any) -> None:
+            self.runner = runner
+
+        def launch(self, plan: Any) -> Any:
+            step = self.runner.launch(plan)
+            calls.append("launch")
+            return SimpleNamespace(tokens=lambda: calls.append("read") or step.tokens())
+
+    engine = make_engine(TINY, run_ahead=1)
+    engine.runner = Watched(engine.runner)
+    params = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
+    engine.generate([chat_ids(tiny, "hello")], params)
+    assert calls == ["launch", *["launch", "read"] * 4, "read"]
 
 
 @pytest.mark.interpreter

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from itertools import count
 
 import pytest
@@ -78,15 +79,21 @@ def test_a_running_sequence_gets_a_token_in_every_step_while_long_prompts_arrive
         finish_step(scheduler, plan)
 
 
-def test_a_one_token_chunk_of_a_prompt_is_planned_among_the_decodes() -> None:
+def test_no_part_of_a_prompt_is_a_single_token() -> None:
     scheduler = make_scheduler(max_step_tokens=5)
     scheduler.add(make_sequence(0, 4))
-    scheduler.add(make_sequence(1, 9))
+    scheduler.add(make_sequence(1, 6))
+    scheduler.add(make_sequence(2, 1))
     plan = scheduler.plan()
-    assert shape(plan) == [(1, 0, 1), (0, 0, 4)]
+    assert shape(plan) == [(0, 0, 4)]  # one token of the budget is left, and not used
+    finish_step(scheduler, plan)
+    plan = scheduler.plan()
+    assert shape(plan) == [(0, 4, 5), (1, 0, 4)]
+    finish_step(scheduler, plan)
+    plan = scheduler.plan()  # a prompt that is a single token is run as one
+    assert shape(plan) == [(0, 5, 6), (2, 0, 1), (1, 4, 6)]
     assert plan is not None
-    assert plan.num_decodes == 1
-    assert [chunk.samples for chunk in plan.chunks] == [False, True]
+    assert plan.num_decodes == 2
 
 
 @pytest.mark.parametrize(
@@ -171,7 +178,50 @@ def test_a_failed_step_ends_the_running_and_spares_the_waiting() -> None:
     assert shape(scheduler.plan()) == [(1, 0, 5)]
 
 
-@settings(max_examples=150, deadline=None)
+def test_a_step_is_planned_before_the_tokens_of_the_last_are_known() -> None:
+    scheduler = make_scheduler()
+    scheduler.add(make_sequence(0, 3, max_new_tokens=3))
+    first, second, third = scheduler.plan(), scheduler.plan(), scheduler.plan()
+    assert [shape(plan) for plan in (first, second, third)] == [
+        [(0, 0, 3)],
+        [(0, 3, 4)],
+        [(0, 4, 5)],
+    ]
+    assert scheduler.plan() is None  # three tokens are on their way, and no more may come
+    for plan in (first, second, third):
+        finish_step(scheduler, plan)
+    assert scheduler.num_sequences == 0
+
+
+def test_what_is_drawn_after_the_end_is_dropped() -> None:
+    scheduler = make_scheduler()
+    seq = make_sequence(0, 3)
+    scheduler.add(seq)
+    first, second = scheduler.plan(), scheduler.plan()
+    assert first is not None and second is not None
+    [event] = scheduler.commit(first, [SampledToken(EOS)])
+    assert event.finish_reason is FinishReason.STOP
+    scheduler.add(make_sequence(1, 3))  # takes the row and the pages while the second step runs
+    third = scheduler.plan()
+    assert scheduler.commit(second, [SampledToken(7)]) == []
+    assert seq.output_ids == [EOS]
+    finish_step(scheduler, third)
+
+
+def test_a_preempted_sequence_waits_for_the_token_that_is_still_drawn() -> None:
+    scheduler = make_scheduler(num_pages=4, page_size=4)
+    scheduler.add(make_sequence(0, 7, max_new_tokens=9))
+    scheduler.add(make_sequence(1, 7, max_new_tokens=9))
+    plans = [scheduler.plan(), scheduler.plan(), scheduler.plan()]
+    assert shape(plans[2]) == [(0, 8, 9)]  # sequence 1 gave its pages, with two tokens to come
+    scheduler.abort(0)
+    assert scheduler.plan() is None
+    for plan in plans:
+        finish_step(scheduler, plan)
+    assert shape(scheduler.plan()) == [(1, 0, 9)]
+
+
+@settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_any_history_leaves_no_page_behind_and_loses_no_token(data: st.DataObject) -> None:
     page_size = data.draw(st.sampled_from([1, 4, 16]))
@@ -182,45 +232,82 @@ def test_any_history_leaves_no_page_behind_and_loses_no_token(data: st.DataObjec
         max_num_seqs=data.draw(st.integers(1, 5)),
         max_step_tokens=data.draw(st.sampled_from([1, 3, 16, 64])),
     )
-    next_id, live = count(), dict[int, Sequence]()
+    device = Device(scheduler, run_ahead=data.draw(st.integers(0, 2)))
+    next_id = count()
     for _ in range(data.draw(st.integers(1, 60))):
         match data.draw(st.sampled_from(["add", "step", "step", "step", "abort"])):
             case "add":
                 num_prompt = data.draw(st.integers(1, capacity - 1))
                 room = capacity - num_prompt
-                seq = make_sequence(next(next_id), num_prompt, data.draw(st.integers(1, room)))
-                live[seq.seq_id] = seq
-                scheduler.add(seq)
-            case "abort" if live:
-                assert scheduler.abort(live.pop(data.draw(st.sampled_from(sorted(live)))).seq_id)
+                device.add(
+                    make_sequence(next(next_id), num_prompt, data.draw(st.integers(1, room)))
+                )
+            case "abort" if device.live:
+                assert scheduler.abort(device.live.popitem()[0])
             case "step":
-                _step(scheduler, live)
+                device.step()
         scheduler.check()
-    bound = sum(seq.num_tokens + seq.max_new_tokens for seq in live.values()) * 4 * (len(live) + 1)
+    live = device.live.values()
+    bound = sum(seq.num_tokens + seq.max_new_tokens for seq in live) * 4 * (len(live) + 1)
     for _ in range(bound + 1):
         if not scheduler.has_work:
             break
-        _step(scheduler, live)
-    assert not live
+        device.step()
+    assert not device.live
     assert scheduler.pool.num_free == scheduler.pool.num_pages
 
 
-def _step(scheduler: Scheduler, live: dict[int, Sequence]) -> None:
-    plan = scheduler.plan()
-    if plan is None:
-        assert not scheduler.has_work
-        return
-    assert plan.num_tokens <= scheduler.max_step_tokens
-    for chunk in plan.chunks:
-        assert 0 <= chunk.start < chunk.end <= chunk.seq.num_tokens
-        assert chunk.start == chunk.seq.num_computed
-        assert len(chunk.seq.block_table) * scheduler.page_size >= chunk.end
-        assert chunk.seq.status is SequenceStatus.RUNNING
-    before = {chunk.seq.seq_id: len(chunk.seq.output_ids) for chunk in plan.chunks if chunk.samples}
-    events = scheduler.commit(plan, [SampledToken(7) for c in plan.chunks if c.samples])
-    assert [event.seq_id for event in events] == list(before)
-    for event in events:
-        seq = live[event.seq_id]
-        assert len(seq.output_ids) == before[event.seq_id] + 1
-        if event.finish_reason is not None:
-            assert len(live.pop(event.seq_id).output_ids) == seq.max_new_tokens
+class Device:
+    """Runs plans late, as a GPU does; what it draws follows from a sequence and a position."""
+
+    def __init__(self, scheduler: Scheduler, run_ahead: int) -> None:
+        self.scheduler = scheduler
+        self.run_ahead = run_ahead
+        self.in_flight: deque[Plan] = deque()
+        self.live: dict[int, Sequence] = {}
+        self.written: dict[int, int] = {}  # tokens of a sequence that the device has
+
+    def add(self, seq: Sequence) -> None:
+        self.live[seq.seq_id] = seq
+        self.scheduler.add(seq)
+
+    @staticmethod
+    def drawn(seq_id: int, position: int) -> int:
+        return EOS if (seq_id * 7 + position * 5) % 11 == 0 else 100 + (seq_id * 31 + position) % 50
+
+    def step(self) -> None:
+        plan = self.scheduler.plan()
+        if plan is None:
+            assert self.in_flight or not self.scheduler.has_work
+        else:
+            self._launch(plan)
+            if len(self.in_flight) <= self.run_ahead:
+                return
+        if not self.in_flight:
+            return
+        plan = self.in_flight.popleft()
+        chunks = [chunk for chunk in plan.chunks if chunk.samples]
+        tokens = [SampledToken(self.drawn(chunk.seq.seq_id, chunk.end)) for chunk in chunks]
+        for event in self.scheduler.commit(plan, tokens):
+            seq = self.live[event.seq_id]
+            position = seq.num_prompt + len(seq.output_ids) - 1
+            assert seq.output_ids[-1] == event.token_id == self.drawn(event.seq_id, position)
+            is_last = event.token_id == EOS or len(seq.output_ids) == seq.max_new_tokens
+            assert (event.finish_reason is not None) == is_last
+            if is_last:
+                del self.live[event.seq_id]
+
+    def _launch(self, plan: Plan) -> None:
+        assert plan.num_tokens <= self.scheduler.max_step_tokens
+        assert [chunk.num_tokens for chunk in plan.chunks[: plan.num_decodes]] == (
+            [1] * plan.num_decodes
+        )
+        for seq in plan.started:
+            self.written[seq.seq_id] = 0
+        for chunk in plan.chunks:
+            seq = chunk.seq
+            assert seq.status is SequenceStatus.RUNNING
+            assert chunk.start == self.written[seq.seq_id] < chunk.end
+            assert len(seq.block_table) * self.scheduler.page_size >= chunk.end
+            self.written[seq.seq_id] = chunk.end
+        self.in_flight.append(plan)

@@ -1,0 +1,166 @@
+"""Sampling parameters of the running sequences, one row each, and their token counts.
+
+A step gathers its rows with a handful of numpy operations instead of Python per sequence. One row
+more than there can be sequences belongs to padding: greedy, and neutral in everything else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kernels.sampling import SamplingBatch
+from runtime.request import Sequence
+from runtime.scheduler import Chunk
+from runtime.staging import Array
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingKind:
+    """What the host knows of a step's sampling; it picks kernels, and the graph to replay."""
+
+    all_greedy: bool
+    any_filter: bool
+    has_penalties: bool = False
+    has_bias: bool = False
+    num_logprobs: int = -1
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether a captured graph may hold it: nothing but temperature and filters."""
+        return not self.has_penalties and not self.has_bias and self.num_logprobs < 0
+
+
+class SamplerRows:
+    """The rows, on the host, and the counts of generated tokens, on the device."""
+
+    def __init__(self, max_num_seqs: int, vocab_size: int, device: torch.device) -> None:
+        self.vocab_size = vocab_size
+        self.device = device
+        num_rows = max_num_seqs + 1
+        self.temperature = np.zeros(num_rows, np.float32)
+        self.top_k = np.zeros(num_rows, np.int32)
+        self.top_p = np.ones(num_rows, np.float32)
+        self.min_p = np.zeros(num_rows, np.float32)
+        self.presence = np.zeros(num_rows, np.float32)
+        self.frequency = np.zeros(num_rows, np.float32)
+        self.repetition = np.ones(num_rows, np.float32)
+        self.seeds = np.zeros(num_rows, np.int64)
+        self.is_filtered = np.zeros(num_rows, np.bool_)
+        self.is_penalized = np.zeros(num_rows, np.bool_)
+        self.is_biased = np.zeros(num_rows, np.bool_)
+        self.num_logprobs = np.full(num_rows, -1, np.int32)
+        self.output_counts: Tensor | None = None  # [num_rows, vocab], made when first needed
+
+    def start(self, seq: Sequence) -> None:
+        """Fill the row of a sequence that begins to run, also after a preemption."""
+        params, row = seq.params, seq.row
+        self.temperature[row] = params.temperature
+        self.top_k[row] = max(params.top_k, 0)
+        self.top_p[row] = params.top_p
+        self.min_p[row] = params.min_p
+        self.presence[row] = params.presence_penalty
+        self.frequency[row] = params.frequency_penalty
+        self.repetition[row] = params.repetition_penalty
+        self.seeds[row] = seq.seed
+        self.is_filtered[row] = params.temperature > 0 and (
+            params.top_k > 0 or params.top_p < 1 or params.min_p > 0
+        )
+        self.is_penalized[row] = params.has_penalties
+        self.is_biased[row] = bool(params.logit_bias) or params.min_tokens > 0
+        self.num_logprobs[row] = -1 if params.logprobs is None else params.logprobs
+        if params.has_penalties:
+            if self.output_counts is None:
+                shape = (len(self.seeds), self.vocab_size)
+                self.output_counts = torch.zeros(shape, dtype=torch.int32, device=self.device)
+            self.output_counts[row].zero_()
+            if seq.output_ids:
+                counts = np.bincount(seq.output_ids, minlength=self.vocab_size).astype(np.int32)
+                self.output_counts[row].copy_(torch.from_numpy(counts))
+
+    def kind_of(self, rows: Array) -> SamplingKind:
+        """Of a step that samples for ``rows`` [num_sampled] int64."""
+        return SamplingKind(
+            all_greedy=not bool((self.temperature[rows] > 0).any()),
+            any_filter=bool(self.is_filtered[rows].any()),
+            has_penalties=bool(self.is_penalized[rows].any()),
+            has_bias=bool(self.is_biased[rows].any()),
+            num_logprobs=int(self.num_logprobs[rows].max()),
+        )
+
+    def arrays(self, rows: Array, positions: Array) -> dict[str, Array]:
+        """What every step samples with; ``positions`` [num_sampled] are those of the new tokens."""
+        return {
+            "sample_rows": rows,
+            "sample_positions": positions,
+            "seeds": self.seeds[rows],
+            "temperature": self.temperature[rows],
+            "top_k": self.top_k[rows],
+            "top_p": self.top_p[rows],
+            "min_p": self.min_p[rows],
+        }
+
+    def extra_arrays(
+        self,
+        kind: SamplingKind,
+        rows: Array,
+        chunks: Seq[Chunk],
+        eos_token_ids: frozenset[int],
+    ) -> dict[str, Array]:
+        """Penalties and bias of a step that is not plain; ``chunks`` are those that sample.
+
+        ``rows`` may be longer than ``chunks``: padding follows.
+        """
+        arrays: dict[str, Array] = {}
+        if kind.has_penalties:
+            arrays["presence"] = self.presence[rows]
+            arrays["frequency"] = self.frequency[rows]
+            arrays["repetition"] = self.repetition[rows]
+        if kind.has_bias:
+            entries = [_bias_of(chunk, eos_token_ids) for chunk in chunks]
+            width = max(map(len, entries), default=0)
+            ids = np.full((len(rows), max(width, 1)), -1, np.int64)
+            values = np.zeros(ids.shape, np.float32)
+            for index, bias in enumerate(entries):
+                ids[index, : len(bias)] = list(bias)
+                values[index, : len(bias)] = list(bias.values())
+            arrays["bias_ids"], arrays["bias_values"] = ids, values
+        return arrays
+
+    def batch(self, kind: SamplingKind, inputs: dict[str, Tensor]) -> SamplingBatch:
+        """The sampler's argument from arrays that are on the device by now."""
+        return SamplingBatch(
+            temperature=inputs["temperature"],
+            top_k=inputs["top_k"],
+            top_p=inputs["top_p"],
+            min_p=inputs["min_p"],
+            seeds=inputs["seeds"],
+            positions=inputs["sample_positions"],
+            vocab_size=self.vocab_size,
+            all_greedy=kind.all_greedy,
+            any_filter=kind.any_filter,
+            presence=inputs["presence"] if kind.has_penalties else None,
+            frequency=inputs["frequency"] if kind.has_penalties else None,
+            repetition=inputs["repetition"] if kind.has_penalties else None,
+            output_counts=self.output_counts if kind.has_penalties else None,
+            rows=inputs["sample_rows"] if kind.has_penalties else None,
+            bias_ids=inputs["bias_ids"] if kind.has_bias else None,
+            bias_values=inputs["bias_values"] if kind.has_bias else None,
+            num_logprobs=kind.num_logprobs,
+        )
+
+
+def _bias_of(chunk: Chunk, eos_token_ids: frozenset[int]) -> dict[int, float]:
+    """``logit_bias``, and -inf for what would end the sequence before ``min_tokens``."""
+    params = chunk.seq.params
+    bias = dict(params.logit_bias)
+    if chunk.end - chunk.seq.num_prompt < params.min_tokens:
+        bias.update(dict.fromkeys(params.stop_token_ids, -math.inf))
+        if not params.ignore_eos:
+            bias.update(dict.fromkeys(eos_token_ids, -math.inf))
+    return bias
