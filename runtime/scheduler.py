@@ -248,7 +248,9 @@ class Scheduler:
         """Allocate pages for up to ``num_tokens`` more tokens; how many of them now have room."""
         have = len(seq.block_table)
         want = self._pages_for(seq.num_computed + num_tokens) - have
-        take = min(max(want, 0), self.pool.num_free)
+        if want <= 0:
+            return num_tokens
+        take = min(want, self.pool.num_free)
         page_ids = self.pool.allocate(take)
         assert page_ids is not None
         seq.block_table += page_ids
