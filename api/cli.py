@@ -85,6 +85,13 @@ KvCacheMemory = Annotated[
     str | None,
     typer.Option(help="Memory for the KV cache, for example 8GiB.", show_default="what is free"),
 ]
+CudaGraphs = Annotated[
+    str,
+    typer.Option(
+        help="Record decode steps on a GPU: lazy (when first needed), start (before the first "
+        "request) or off."
+    ),
+]
 Threads = Annotated[
     int | None, typer.Option(help="CPU threads of the engine.", show_default="the cores")
 ]
@@ -141,6 +148,7 @@ def serve(
     ] = None,
     kv_cache_memory: KvCacheMemory = None,
     page_size: Annotated[int, typer.Option(help="Tokens in a page of the KV cache.")] = 16,
+    cuda_graphs: CudaGraphs = "lazy",
     threads: Threads = None,
     no_key: Annotated[
         bool, typer.Option("--no-key", help="Let any program on this machine in without a key.")
@@ -170,6 +178,7 @@ def serve(
         max_step_tokens=max_step_tokens,
         page_size=page_size,
         kv_cache_memory=_bytes(kv_cache_memory),
+        cuda_graphs=cuda_graphs,
         num_threads=threads,
     )
     names = served_model_name or _default_names(model)

@@ -151,6 +151,8 @@ class Engine:
         engine = cls(runner, make_scheduler(info), info, tokenizer)
         if device.type == "cuda":
             engine.warm_up()
+            if config.cuda_graphs == "start":
+                runner.record_all()
         return engine
 
     # -- the step API ----------------------------------------------------------------------

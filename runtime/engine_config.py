@@ -20,7 +20,7 @@ MAX_THREADS = 1024
 CGROUP = Path("/sys/fs/cgroup")
 DEFAULT_PAGE_SIZE = 16
 WORKSPACE_BYTES = GIB
-"""Left free on a GPU beside weights and pages, for activations and the CUDA context."""
+"""Left free on a GPU beside weights and pages, for activations and recorded decode steps."""
 CPU_FLOAT32_BYTES = 2 * GIB
 """Up to this many bytes of float32 weights the CPU runs float32: exact, and faster at that size."""
 

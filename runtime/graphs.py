@@ -115,6 +115,16 @@ class DecodeGraphs:
     def num_graphs(self) -> int:
         return len(self._graphs)
 
+    def plain_keys(self) -> list[GraphKey]:
+        """Every graph that ends with drawn tokens, the largest first: the others fit its memory."""
+        kinds = [SamplingKind(True, False), SamplingKind(False, False), SamplingKind(False, True)]
+        return [
+            GraphKey(size, limit, kind)
+            for size in reversed(self.batch_sizes)
+            for limit in reversed(self.context_limits)
+            for kind in reversed(kinds)
+        ]
+
     def key_of(self, plan: Plan, kind: SamplingKind | None) -> GraphKey | None:
         """The graph that holds a step, None unless each of its chunks is a decode that samples."""
         num_seqs = len(plan.chunks)

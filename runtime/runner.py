@@ -110,15 +110,23 @@ class ModelRunner:
         self._num_pages = [0] * (max_num_seqs + 1)  # entries of each row that the device has
         self._device_tables = torch.full(table_shape, DUMMY_PAGE, dtype=torch.int32, device=device)
         self._last_tokens = torch.zeros(max_num_seqs + 1, dtype=torch.int64, device=device)
+        self._recorded_logits: Tensor | None = None  # one for all graphs: large batches need much
         self._free_memory: list[_Memory] = []
 
     def record_steps(self) -> None:
-        """Record decode steps when they first come up, and replay them from then on."""
+        """From now on record each decode step that is new and replay those that are not."""
         max_num_seqs = self._padding_row
         max_model_len = self._pages_per_seq * self.page_size
         self.graphs = DecodeGraphs(
             self.queue, self.device, max_num_seqs, max_model_len, self._recorded_step, self._padding
         )
+
+    @torch.inference_mode()
+    def record_all(self) -> None:
+        """Record now what could come up later, but for logits alone; needs `record_steps`."""
+        assert self.graphs is not None
+        for key in self.graphs.plain_keys():
+            self.graphs.record(key)
 
     @torch.inference_mode()
     def launch(self, plan: Plan) -> LaunchedStep:
@@ -158,7 +166,11 @@ class ModelRunner:
     def _recorded_step(self, key: GraphKey, inputs: Inputs) -> Tensor:
         size = key.batch_size
         logits = self._logits(inputs, StepShape(size, 1, key.context_limit, 0, size))
-        return logits if key.kind is None else self._sample(logits, inputs, key.kind).token_ids
+        if key.kind is not None:
+            return self._sample(logits, inputs, key.kind).token_ids
+        if self._recorded_logits is None:
+            self._recorded_logits = logits.new_empty((self._padding_row, logits.shape[1]))
+        return self._recorded_logits[:size].copy_(logits)
 
     def _logits(self, inputs: Inputs, shape: StepShape) -> Tensor:
         """[num_sampled, vocab]; the hidden states of all tokens if none samples."""
