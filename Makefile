@@ -9,7 +9,7 @@ DEV_STAMP := $(VENV)/.installed-dev
 MODEL ?=
 ARGS ?=
 
-.PHONY: install serve chat test lint bench clean
+.PHONY: install serve chat test lint bench gpu clean
 
 install: $(STAMP)
 
@@ -32,6 +32,10 @@ lint: $(DEV_STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.throughput
+
+# For a machine with a GPU: its ceilings, whole steps, the GPU tests, every kernel, peers. Ten minutes.
+gpu: $(DEV_STAMP)
+	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Fathom needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Try: make $(MAKECMDGOALS) PYTHON=python3.12")'

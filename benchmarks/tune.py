@@ -1,0 +1,348 @@
+"""Searches launch configurations at released shapes on the GPU at hand; never part of serving.
+
+    python -m benchmarks.tune [op ...] [--minutes 10] [--table PATH]
+
+Ops: linear_gemv, linear_tile, linear_invariant, linear, paged_attention, grouped_linear,
+fp8_linear. From the configuration in force one setting is changed at a time, as long as that helps.
+Candidates that do not compile, spill registers or give another result are passed over. A winner is
+put into the table at once, on top of its op, with the facts it was measured for; where a fact is
+the number of rows, for the numbers up to it that have no row of their own.
+"""
+
+from __future__ import annotations
+
+import datetime
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import attention_cases as others
+from benchmarks import product_cases as products
+from benchmarks.ceilings import ceilings_of
+from benchmarks.config_rows import insert_row, interval
+from benchmarks.kernel_inputs import FULL, INVARIANT, OURS, TINY, TORCH, Case, Maker, Work
+from benchmarks.launches import Config, Facts, launching_with, new_spills
+from benchmarks.part import DEAD_CONTEXT, Part, Row, describe, make_part, part_parser
+from benchmarks.timing import time_calls
+from kernels import configs
+
+GAIN = 0.98  # a new configuration must take less than this part of the old one's time
+TOLERANCE = 1.5e-2  # of a bf16 result, by norm
+DERIVED_FACTS = ("rows_per_expert",)  # they follow from the others
+VALUES: dict[str, tuple[Any, ...]] = {
+    "num_warps": (1, 2, 4, 8, 16),
+    "num_stages": (1, 2, 3, 4, 5, 6),
+    "STAGES": (1, 2, 3, 4, 5, 6),
+    "UNROLL": (1, 2, 4),
+    "GROUP_M": (1, 4, 8, 16),
+    "SLICES": (1, 2, 4, 8, 16),
+    "SPLIT": (128, 256, 512, 1024, 2048),
+    "body": ("gemv", "tile", "cublas"),
+}
+
+
+# -- the search ----------------------------------------------------------------------------------
+
+
+def values_of(key: str, value: Any) -> tuple[Any, ...]:
+    """What else a setting may be: blocks go up and down by powers of two, some are not searched."""
+    if key in VALUES:
+        return tuple(other for other in VALUES[key] if other != value)
+    if key.startswith("BLOCK_"):
+        return tuple(other for other in (value // 2, value * 2, value // 4, value * 4) if other)
+    return ()
+
+
+def search(
+    start: Config,
+    measure: Callable[[Config], float],
+    *,
+    fixed: Sequence[str] = (),
+    is_over: Callable[[], bool] = lambda: False,
+) -> tuple[Config, float]:
+    """Change one setting at a time as long as that helps; the best configuration and its time.
+
+    Args:
+        start: what to begin with.
+        measure: time of a configuration, infinite if it does not work.
+        fixed: settings to leave alone.
+        is_over: whether to stop with what was found so far.
+    """
+    best, best_time = start, measure(start)
+    tried = {_frozen(start)}
+    improved = True
+    while improved and not is_over():
+        improved = False
+        for key in [key for key in best if key not in fixed]:
+            for value in values_of(key, best[key]):
+                candidate = {**best, key: value}
+                if _frozen(candidate) in tried or is_over():
+                    continue
+                tried.add(_frozen(candidate))
+                taken = measure(candidate)
+                if taken < best_time:
+                    best, best_time, improved = candidate, taken, True
+    return best, best_time
+
+
+def _frozen(config: Config) -> tuple[tuple[str, Any], ...]:
+    return tuple(sorted(config.items()))
+
+
+# -- what is tuned -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One launch to tune: the cases it is timed on, together, and what else is forced."""
+
+    op: str
+    cases: list[Case]
+    call: str = OURS
+    forced: Mapping[str, Config] = field(default_factory=dict)
+    points: tuple[int, ...] = ()  # the measured numbers of rows
+    fixed: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> Row:
+        sizes = ",".join(case.at for case in self.cases)
+        return {
+            "op": self.op,
+            "model": self.cases[0].model,
+            "shape": self.cases[0].shape,
+            "at": sizes,
+        }
+
+
+GEMV_ROWS = (1, 2, 4)
+MODELS = ("r1_distill_qwen_7b", "r1_distill_llama_8b", "r1_distill_qwen_1.5b")
+
+
+def targets(op: str, maker: Maker) -> Iterator[Target]:
+    """What to tune for an op. Raises `KeyError` for one that is not tuned here."""
+    if op.startswith("linear"):
+        yield from _linear_targets(op, maker)
+    elif op == "paged_attention":
+        wanted = ("1x8k", "8x8k", "64x1k")
+        for model in MODELS:
+            yield Target(op, _few(others.decode_attention(maker, model), wanted))
+        for model in ("v2_lite", "v3"):
+            yield Target(op, _few(others.latent_decode_attention(maker, model), wanted))
+    elif op == "grouped_linear":
+        for case in products.experts(maker, "v2_lite"):
+            yield Target(op, [case], points=maker.grid.expert_rows)
+    elif op == "fp8_linear":
+        for case in products.fp8_linears(maker, "v3"):
+            yield Target(op, [case], points=maker.grid.expert_rows)
+    else:
+        raise KeyError(op)
+
+
+def _linear_targets(op: str, maker: Maker) -> Iterator[Target]:
+    def all_linears() -> Iterator[Case]:
+        for model in MODELS[:1]:
+            yield from products.dense_linears(maker, model)
+        yield from products.latent_linears(maker, "v2_lite")
+        for model in MODELS[1:]:
+            yield from products.dense_linears(maker, model)
+
+    for _, group in groupby(all_linears(), key=lambda case: (case.model, case.shape)):
+        by_rows = {int(case.at): case for case in group}
+        points = tuple(by_rows)
+        few = [case for rows, case in by_rows.items() if rows in GEMV_ROWS]
+        if op == "linear_gemv":
+            yield Target(op, few, forced={"linear": {"body": "gemv"}})
+        elif op == "linear_invariant":
+            chosen = [by_rows[rows] for rows in (points[0], points[len(points) // 2], points[-1])]
+            yield Target(op, chosen, call=INVARIANT)
+        elif op == "linear_tile":
+            # A slice must be as long for any number of rows, so SLICES stay as the table has them.
+            for rows in [rows for rows in points if rows not in GEMV_ROWS]:
+                forced = {"linear": {"body": "tile"}}
+                yield Target(op, [by_rows[rows]], forced=forced, points=points, fixed=("SLICES",))
+        elif op == "linear":
+            for rows in points:
+                yield Target(op, [by_rows[rows]], points=points)
+        else:
+            raise KeyError(op)
+
+
+def _few(cases: Iterator[Case], wanted: Sequence[str]) -> list[Case]:
+    every = list(cases)
+    return [case for case in every if case.at in wanted] or every[:1]
+
+
+OPS = (
+    *("linear_gemv", "linear_tile", "linear_invariant", "linear"),
+    *("paged_attention", "grouped_linear", "fp8_linear"),
+)
+
+
+# -- one target ----------------------------------------------------------------------------------
+
+
+class Tuning:
+    """Measures candidates for one target and writes the winner into the table."""
+
+    def __init__(self, part: Part, target: Target, table: Path) -> None:
+        self.part, self.target, self.table = part, target, table
+        self.seen: set[int] = set()
+
+    def run(self) -> None:
+        target = self.target
+        works = [case.prepare() for case in target.cases]
+        with launching_with(target.forced) as launches:
+            expected = [self._result(work) for work in works]
+        new_spills(self.seen)
+        for facts, start in launches.of(target.op).items():
+            self._tune(works, expected, facts, start)
+
+    def _result(self, work: Work) -> Tensor:
+        """What the first set gives: torch's own answer, or that of the table as it is."""
+        calls = work.sets[0]
+        ours = _tensor(calls[self.target.call]())  # also where facts are asked for
+        return _tensor(calls[TORCH]()).float() if TORCH in calls else ours.float()
+
+    def _tune(self, works: list[Work], expected: list[Tensor], facts: Facts, start: Config) -> None:
+        times: dict[tuple[Any, ...], list[float]] = {}
+        first: list[float] = []
+
+        def measure(config: Config) -> float:
+            taken = self._times(works, expected, facts, config)
+            if taken is None:
+                return math.inf
+            times[_frozen(config)] = taken
+            if not first:
+                first.extend(taken)
+            return statistics.mean(t / before for t, before in zip(taken, first, strict=True))
+
+        best, share = search(
+            start, measure, fixed=self.target.fixed, is_over=lambda: self.part.seconds_left <= 0
+        )
+        if _frozen(start) not in times:
+            raise RuntimeError(f"the configuration in force does not work: {start}")
+        seconds = times[_frozen(best)][0]
+        percent = 100 * self._least(works[0]) / seconds
+        kept = share < GAIN
+        if kept:
+            self._write(facts, best, seconds, percent, first[0])
+        self.part.record(
+            **self.target.label,
+            use=best,
+            us=seconds * 1e6,
+            before_us=first[0] * 1e6,
+            percent=percent,
+            tried=len(times),
+            written=kept,
+        )
+
+    def _times(
+        self, works: list[Work], expected: list[Tensor], facts: Facts, config: Config
+    ) -> list[float] | None:
+        """Seconds of each work; None if the candidate fails, spills or is wrong."""
+        target = self.target
+        taken = []
+        try:
+            with launching_with(target.forced, (target.op, facts, config)):
+                for work, wanted in zip(works, expected, strict=True):
+                    if not _agrees(_tensor(work.sets[0][target.call]()), wanted):
+                        print(f"wrong result: {config}", flush=True)
+                        return None
+                    if new_spills(self.seen):
+                        return None
+                    calls = {target.call: work.calls()[target.call]}
+                    least = self._least(work)
+                    taken.append(time_calls(calls, self.part.device, estimate=least)[target.call])
+        except Exception as error:  # whatever the compiler or the driver raise
+            if any(words in str(error) for words in DEAD_CONTEXT):
+                raise
+            print(f"{describe(error)[:160]}: {config}", flush=True)
+            return None
+        return taken
+
+    def _least(self, work: Work) -> float:
+        ceilings = ceilings_of(self.part)
+        return max(
+            work.num_bytes / ceilings["copy_bytes_per_s"],
+            work.flops / ceilings["matmul_flops_per_s"],
+            ceilings["launch_s"],
+        )
+
+    def _write(
+        self, facts: Facts, use: Config, seconds: float, percent: float, before: float
+    ) -> None:
+        when = when_of(dict(facts), self.target.points)
+        day = datetime.datetime.now(datetime.UTC).date()
+        device = torch.cuda.get_device_name() if self.part.on_gpu else "cpu"
+        case = self.target.cases[0]
+        note = (
+            f"{day} {device}: {seconds * 1e6:.1f} us, {percent:.0f} % of ceiling, "
+            f"was {before * 1e6:.1f} us ({case.model} {case.shape}, {case.at})"
+        )
+        text = self.table.read_text(encoding="utf-8")
+        self.table.write_text(insert_row(text, self.target.op, when, use, note), encoding="utf-8")
+        configs.table.cache_clear()  # the targets that follow build on it
+
+
+def when_of(facts: Mapping[str, configs.Fact], points: Sequence[int]) -> dict[str, Any]:
+    """The condition of a row from the facts of its launch, an interval in place of the rows."""
+    when: dict[str, Any] = {}
+    for key, value in facts.items():
+        if key == "rows" and points:
+            when |= interval(int(value), points)
+        elif key not in DERIVED_FACTS:
+            when[key] = value
+    return when
+
+
+def _tensor(result: object) -> Tensor:
+    assert isinstance(result, Tensor)
+    return result
+
+
+def _agrees(actual: Tensor, wanted: Tensor) -> bool:
+    difference = (actual.float() - wanted).norm()
+    return bool(difference <= TOLERANCE * wanted.norm())  # NaN is not
+
+
+def cases(part: Part, ops: Sequence[str], table: Path) -> Iterator[tuple[Row, Callable[[], None]]]:
+    maker = Maker(part.device, part.dtype, TINY if part.tiny else FULL, part.tiny)
+    for op in ops:
+        for target in targets(op, maker):
+            yield target.label, lambda target=target: Tuning(part, target, table).run()
+
+
+def main() -> int:
+    parser = part_parser(__doc__)
+    parser.add_argument("ops", nargs="*", metavar="op", help=", ".join(OPS))
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--table", type=Path, default=configs.PATH, help="where winners are put")
+    options = parser.parse_args()
+    if unknown := set(options.ops) - set(OPS):
+        parser.error(f"no such op: {', '.join(sorted(unknown))}")
+    if "--seconds" not in sys.argv:
+        options.seconds = 60 * options.minutes
+    part = make_part(options)
+    if not options.table.exists():
+        options.table.write_bytes(configs.PATH.read_bytes())
+    if options.table != configs.PATH:
+        configs.PATH = options.table  # winners count for the targets that follow
+        configs.table.cache_clear()
+    start = time.monotonic()
+    ceilings_of(part)
+    code = part.run_cases(cases(part, options.ops or OPS, options.table))
+    print(f"{time.monotonic() - start:.0f} s; rows are in {options.table}")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
