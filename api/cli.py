@@ -85,6 +85,14 @@ KvCacheMemory = Annotated[
     str | None,
     typer.Option(help="Memory for the KV cache, for example 8GiB.", show_default="what is free"),
 ]
+BatchInvariant = Annotated[
+    bool,
+    typer.Option(
+        "--batch-invariant",
+        help="On a GPU, keep an answer from depending on the requests beside it, to the last bit; "
+        "slower.",
+    ),
+]
 CudaGraphs = Annotated[
     str,
     typer.Option(
@@ -149,6 +157,7 @@ def serve(
     kv_cache_memory: KvCacheMemory = None,
     page_size: Annotated[int, typer.Option(help="Tokens in a page of the KV cache.")] = 16,
     cuda_graphs: CudaGraphs = "lazy",
+    batch_invariant: BatchInvariant = False,
     threads: Threads = None,
     no_key: Annotated[
         bool, typer.Option("--no-key", help="Let any program on this machine in without a key.")
@@ -179,6 +188,7 @@ def serve(
         page_size=page_size,
         kv_cache_memory=_bytes(kv_cache_memory),
         cuda_graphs=cuda_graphs,
+        batch_invariant=batch_invariant,
         num_threads=threads,
     )
     names = served_model_name or _default_names(model)

@@ -38,7 +38,8 @@ def paged_attention(
         k_cache: [num_pages, page_size, num_kv_heads, head_dim], contiguous, dtype of ``q``. This
             step's keys are already written; what lies past a context is never read.
         v_cache: [num_pages, page_size, num_kv_heads, v_head_dim], likewise.
-        batch: where the tokens sit.
+        batch: where the tokens sit. In the Triton body ``max_context_len`` may be any limit that no
+            context exceeds, and decodes with a context of 0 are padding: their rows become 0.
         scale: multiplies the scores, often head_dim ** -0.5.
 
     Returns:

@@ -12,11 +12,11 @@ leaves a partial output and its log-sum-exp, and a second kernel combines them. 
 follows the batch, so a row has the same bits in any company.
 Graph-safe: lengths are read on the device, the grid follows from host-known limits, and programs
 past a sequence's end return. Keys past the context are masked at the load: pages may hold NaN.
+A decode's limits may exceed every context, and rows of context 0 are padding; their output is 0.
 """
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,17 +25,21 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.batch import PagedBatch
+from kernels.combine_splits_triton import combine_splits
+from kernels.configs import Fact, launch_config
 from kernels.dispatch import capability_of
 
 LOG2_E = 1.4426950408889634
 NO_LIMIT = 2**31 - 1
 # fp32 values of partial outputs that exist at a time, 128 MiB; more decodes take several launches
 MAX_PARTIAL_VALUES = 1 << 25
-COMBINE_CONFIG = {"BLOCK_SPLITS": 8, "KEEP_EMPTY": False, "num_warps": 4}
 
 
 @triton.jit(
-    do_not_specialize=["first_seq", "num_tiles", "max_splits", "context_above", "context_up_to"]
+    do_not_specialize=[
+        *("first_seq", "num_tiles", "max_splits"),
+        *("context_above", "context_up_to", "table_stride"),
+    ]
 )  # they change from step to step: a compilation for 1 or for multiples of 16 would stall one
 def paged_attention_kernel(
     q_ptr,  # [num_tokens, num_heads, MAIN_DIM]
@@ -94,7 +98,7 @@ def paged_attention_kernel(
     if SPLIT:
         start = tl.program_id(2) * SPLIT
         end = tl.minimum(start + SPLIT, end)
-        if start >= end:
+        if PARTIAL & (start >= end):
             return
 
     rows = first_row + tl.arange(0, BLOCK_M)
@@ -119,48 +123,59 @@ def paged_attention_kernel(
     highest = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((BLOCK_M,), dtype=tl.float32)
     out = tl.zeros((BLOCK_M, V_BLOCK), dtype=tl.float32)
-    for block_start in range(start, end, BLOCK_N):
-        keys = block_start + tl.arange(0, BLOCK_N)
-        is_key = keys < end
-        pages = tl.load(
-            block_table_ptr + seq.to(tl.int64) * table_stride + keys // PAGE_SIZE,
-            mask=is_key,
-            other=0,
-        )
-        slots = pages.to(tl.int64) * PAGE_SIZE + keys % PAGE_SIZE
-        k_columns = slots * k_slot_stride + kv_head * k_head_stride
-        k = tl.load(
-            k_ptr + k_columns[None, :] + main[:, None],
-            mask=is_key[None, :] & (main < MAIN_DIM)[:, None],
-            other=0.0,
-        )  # [MAIN_BLOCK, BLOCK_N]
-        scores = tl.dot(q, k, input_precision="ieee")
-        if TAIL_BLOCK:
-            k_tail = tl.load(
-                k_tail_ptr + k_columns[None, :] + tail[:, None],
-                mask=is_key[None, :] & (tail < TAIL_DIM)[:, None],
-                other=0.0,
+    # chunks: every row of the tile sees all keys of [start, whole), so that no mask is needed there
+    whole = start
+    if not SPLIT:
+        whole = tl.minimum(first_position + first_row // GROUP + 1, end) // BLOCK_N * BLOCK_N
+    for is_masked in tl.static_range(1 if SPLIT else 0, 2):
+        first_key = whole if is_masked else start
+        last_key = end if is_masked else whole
+        for block_start in range(first_key, last_key, BLOCK_N):
+            keys = block_start + tl.arange(0, BLOCK_N)
+            is_key = keys < end if is_masked else tl.full((BLOCK_N,), True, dtype=tl.int1)
+            pages = tl.load(
+                block_table_ptr + seq.to(tl.int64) * table_stride + keys // PAGE_SIZE,
+                mask=is_key,
+                other=0,
             )
-            scores = tl.dot(q_tail, k_tail, scores, input_precision="ieee")
-        seen = is_key[None, :] & (keys[None, :] <= positions[:, None])
-        scores = tl.where(seen, scores * scale_log2, float("-inf"))
-        # every row sees the first key of [start, end): the maximum is finite from the first block
-        new_highest = tl.maximum(highest, tl.max(scores, axis=1))
-        weights = tl.exp2(scores - new_highest[:, None])
-        shrink = tl.exp2(highest - new_highest)
-        total = total * shrink + tl.sum(weights, axis=1)
-        if v_ptr is None:
-            v = tl.trans(k)
-        else:
-            v_rows = slots * v_slot_stride + kv_head * v_head_stride
-            v = tl.load(
-                v_ptr + v_rows[:, None] + columns[None, :],
-                mask=is_key[:, None] & (columns < V_DIM)[None, :],
+            slots = pages.to(tl.int64) * PAGE_SIZE + keys % PAGE_SIZE
+            k_columns = slots * k_slot_stride + kv_head * k_head_stride
+            k = tl.load(
+                k_ptr + k_columns[None, :] + main[:, None],
+                mask=is_key[None, :] & (main < MAIN_DIM)[:, None],
                 other=0.0,
-            )  # [BLOCK_N, V_BLOCK]
-        out = tl.dot(weights.to(v.dtype), v, out * shrink[:, None], input_precision="ieee")
-        highest = new_highest
+            )  # [MAIN_BLOCK, BLOCK_N]
+            scores = tl.dot(q, k, input_precision="ieee")
+            if TAIL_BLOCK:
+                k_tail = tl.load(
+                    k_tail_ptr + k_columns[None, :] + tail[:, None],
+                    mask=is_key[None, :] & (tail < TAIL_DIM)[:, None],
+                    other=0.0,
+                )
+                scores = tl.dot(q_tail, k_tail, scores, input_precision="ieee")
+            scores = scores * scale_log2
+            if is_masked:
+                seen = is_key[None, :] & (keys[None, :] <= positions[:, None])
+                scores = tl.where(seen, scores, float("-inf"))
+            # every row sees the first key of [start, end): the maximum is finite from then on
+            new_highest = tl.maximum(highest, tl.max(scores, axis=1))
+            weights = tl.exp2(scores - new_highest[:, None])
+            shrink = tl.exp2(highest - new_highest)
+            total = total * shrink + tl.sum(weights, axis=1)
+            if v_ptr is None:
+                v = tl.trans(k)
+            else:
+                v_rows = slots * v_slot_stride + kv_head * v_head_stride
+                v = tl.load(
+                    v_ptr + v_rows[:, None] + columns[None, :],
+                    mask=is_key[:, None] & (columns < V_DIM)[None, :],
+                    other=0.0,
+                )  # [BLOCK_N, V_BLOCK]
+            out = tl.dot(weights.to(v.dtype), v, out * shrink[:, None], input_precision="ieee")
+            highest = new_highest
 
+    if SPLIT and not PARTIAL:  # a padding row without context has met no key; its output is 0
+        total = tl.where(total > 0, total, 1.0)
     out = out / total[:, None]
     num_heads = tl.num_programs(1) * GROUP
     out_rows = tokens * num_heads + heads
@@ -172,52 +187,6 @@ def paged_attention_kernel(
         out_ptr + out_rows[:, None] * V_DIM + columns[None, :],
         out.to(out_ptr.dtype.element_ty),
         mask=is_row & (columns < V_DIM)[None, :],
-    )
-
-
-@triton.jit(do_not_specialize=["max_splits"])
-def combine_splits_kernel(
-    partial_ptr,  # [num_decodes, num_heads, max_splits, V_DIM] fp32
-    lse_ptr,  # [num_decodes, num_heads, max_splits] fp32, base 2
-    out_ptr,  # [num_decodes, num_heads, V_DIM]
-    context_lens_ptr,  # [num_decodes] int32
-    num_heads,
-    max_splits,
-    SPLIT: tl.constexpr,
-    V_DIM: tl.constexpr,
-    V_BLOCK: tl.constexpr,
-    BLOCK_SPLITS: tl.constexpr,
-    KEEP_EMPTY: tl.constexpr,  # rows without a split stay as they are, instead of 0
-):
-    row = tl.program_id(0).to(tl.int64)
-    num_splits = tl.cdiv(tl.load(context_lens_ptr + row // num_heads), SPLIT)
-    if (num_splits == 0) & KEEP_EMPTY:
-        return
-    columns = tl.arange(0, V_BLOCK)
-    highest = tl.full((), float("-inf"), dtype=tl.float32)
-    total = tl.zeros((), dtype=tl.float32)
-    out = tl.zeros((V_BLOCK,), dtype=tl.float32)
-    for first in range(0, num_splits, BLOCK_SPLITS):
-        splits = first + tl.arange(0, BLOCK_SPLITS)
-        is_split = splits < num_splits
-        lse = tl.load(lse_ptr + row * max_splits + splits, mask=is_split, other=float("-inf"))
-        partial = tl.load(
-            partial_ptr + (row * max_splits + splits)[:, None] * V_DIM + columns[None, :],
-            mask=is_split[:, None] & (columns < V_DIM)[None, :],
-            other=0.0,
-        )
-        new_highest = tl.maximum(highest, tl.max(lse, axis=0))
-        weights = tl.exp2(lse - new_highest)
-        shrink = tl.exp2(highest - new_highest)
-        total = total * shrink + tl.sum(weights, axis=0)
-        out = out * shrink + tl.sum(partial * weights[:, None], axis=0)
-        highest = new_highest
-    # a padding row without context has no split; its output is 0
-    out = out / tl.where(total > 0, total, 1.0)
-    tl.store(
-        out_ptr + row * V_DIM + columns,
-        out.to(out_ptr.dtype.element_ty),
-        mask=columns < V_DIM,
     )
 
 
@@ -238,37 +207,31 @@ def head_shape(group_size: int, head_dim: int, v_head_dim: int) -> HeadShape:
     return HeadShape(group_size, main_dim, head_dim - main_dim, v_head_dim, False)
 
 
-def split_size(shape: HeadShape) -> int:
-    """Keys per split of a decode, from the model alone; a partial output costs 4 bytes a value.
-
-    With 128 heads on one latent, splits of 256 keys would write as many bytes as they read.
-    """
-    return 1024 if shape.values_are_keys and shape.group_size > 32 else 256
-
-
 def attention_config(
     shape: HeadShape, dtype: torch.dtype, capability: int, is_decode: bool
 ) -> dict[str, int]:
-    """Blocks, warps and stages of a launch; the compile tests read the same table.
+    """Blocks, warps and stages of a launch. ``capability`` is 90 for sm_90."""
+    table = launch_config("paged_attention", **attention_facts(shape, dtype, capability, is_decode))
+    return {"SPLIT": 0, **shape_constants(shape), **table}
 
-    Bounded by shared memory (stages * BLOCK_N * bytes of a key and a value) and by registers
-    (BLOCK_M * V_BLOCK fp32 sums in num_warps * 32 threads). ``capability`` is 90 for sm_90.
-    """
-    roomy = capability // 10 in (9, 10)  # tensor cores that leave sums out of the general registers
-    wide = shape.main_dim + shape.tail_dim > 256
-    if dtype == torch.float32:
-        block_m, block_n, num_warps, num_stages = 16, 16 if wide else 32, 8, 1
-    elif is_decode:
-        block_m = 16 if shape.group_size <= 16 else 32
-        block_n, num_warps, num_stages = (64, 4, 3) if roomy else (32, 4, 3)
-        if wide:
-            block_n, num_warps, num_stages = (32, 8, 2) if roomy else (16, 8, 1)
-    elif wide:
-        block_m, block_n, num_warps, num_stages = 32, 16, 8, 2 if roomy else 1
-    else:
-        block_m, block_n, num_warps, num_stages = (128, 64, 8, 2) if roomy else (64, 32, 4, 2)
+
+def attention_facts(
+    shape: HeadShape, dtype: torch.dtype, capability: int, is_decode: bool
+) -> dict[str, Fact]:
+    """What a row of the table of launch configurations may ask of an attention."""
     return {
-        "SPLIT": split_size(shape) if is_decode else 0,
+        "arch": capability,
+        "dtype": str(dtype).removeprefix("torch."),
+        "kind": "decode" if is_decode else "chunk",
+        "head_dim": shape.main_dim + shape.tail_dim,
+        "group_size": shape.group_size,
+        "latent": shape.values_are_keys,
+    }
+
+
+def shape_constants(shape: HeadShape) -> dict[str, int]:
+    """The constexprs that follow from the shape alone."""
+    return {
         "MAIN_DIM": shape.main_dim,
         "MAIN_BLOCK": _block(shape.main_dim),
         "TAIL_DIM": shape.tail_dim,
@@ -276,10 +239,6 @@ def attention_config(
         "V_DIM": shape.v_dim,
         "V_BLOCK": _block(shape.v_dim),
         "GROUP": shape.group_size,
-        "BLOCK_M": block_m,
-        "BLOCK_N": block_n,
-        "num_warps": num_warps,
-        "num_stages": num_stages,
     }
 
 
@@ -287,7 +246,6 @@ def _block(dim: int) -> int:
     return max(1 << (dim - 1).bit_length(), 16)  # tl.dot takes 16 or more
 
 
-@functools.cache
 @dataclass(frozen=True, slots=True)
 class PagedHeads:
     """Queries and pages of one launch; tails are None where a head dimension is a power of two."""
@@ -310,7 +268,7 @@ def attend_decodes(
     num_tiles = triton.cdiv(shape.group_size, config["BLOCK_M"])
     if max_splits == 1:
         grid = (0, batch.num_decodes, num_tiles, 1)
-        _launch(heads, batch, scale, config, out, None, grid)
+        _launch(heads, batch, scale, config, out, None, grid, range(NO_LIMIT))
         return
     num_heads = heads.q.shape[1]
     at_once = max(MAX_PARTIAL_VALUES // (num_heads * max_splits * shape.v_dim), 1)
@@ -323,15 +281,7 @@ def attend_decodes(
         rows = _decode_rows(heads, first, last)
         few = replace(batch, context_lens=batch.context_lens[first:last])
         _launch(rows, few, scale, config, partial, lse, grid)
-        combine_splits_kernel[((last - first) * num_heads,)](
-            partial,
-            lse,
-            out[first:last],
-            few.context_lens,
-            num_heads,
-            max_splits,
-            **combine_config(config),
-        )
+        combine_splits(partial, lse, out[first:last], few.context_lens, config)
 
 
 def _decode_rows(heads: PagedHeads, first: int, last: int) -> PagedHeads:
@@ -342,11 +292,6 @@ def _decode_rows(heads: PagedHeads, first: int, last: int) -> PagedHeads:
         q_tail=None if heads.q_tail is None else heads.q_tail[first:last],
         block_table=heads.block_table[first:last],
     )
-
-
-def combine_config(config: dict[str, int]) -> dict[str, int]:
-    """The launch that combines the partial outputs of a launch with ``config``."""
-    return {key: config[key] for key in ("SPLIT", "V_DIM", "V_BLOCK")} | COMBINE_CONFIG
 
 
 def attend_chunks(

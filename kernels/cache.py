@@ -6,7 +6,8 @@
     latent_cache [num_pages, page_size, rank + rope_dim]: normed latent, then the roped k_pe
 
 Token t goes to slot slot_mapping[t] = page_id * page_size + offset; -1 writes nothing. Rotation is
-in fp32 and rounds once; the equation is in ``kernels.rope``.
+in fp32 and rounds once; the equation is in ``kernels.rope``. Where a model norms query and key
+heads, or the latent, the same kernel does it first, with the roundings of ``kernels.norm``.
 In Triton a program takes one token and a block of heads; the programs after the query heads' rotate
 and write. Graph-safe: the grid follows from shapes, positions and slots are read on the device.
 """
@@ -19,10 +20,39 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.batch import PagedBatch
-from kernels.dispatch import use_triton
+from kernels.configs import launch_config
+from kernels.dispatch import capability_of, use_triton
+from kernels.norm import rms_norm
 from kernels.rope import rotate
 
-BLOCK_HEADS = 8
+
+@triton.jit
+def _norm_and_rotate(
+    source_ptr,  # [heads, DIM] of one token
+    target_ptr,  # likewise
+    norm_ptr,  # [DIM] or None: not normed
+    offsets,  # [BLOCK_HEADS, HALF_BLOCK]: where the first halves of the heads lie
+    inside,
+    pairs,
+    is_pair,
+    cos,
+    sin,
+    eps,
+    DIM: tl.constexpr,
+):
+    first = tl.load(source_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(source_ptr + DIM // 2 + offsets, mask=inside, other=0.0).to(tl.float32)
+    dtype = target_ptr.dtype.element_ty
+    if norm_ptr is not None:
+        mean_square = tl.sum(first * first + second * second, axis=1) / DIM
+        inverse = tl.rsqrt(mean_square + eps)[:, None]
+        weight = tl.load(norm_ptr + pairs, mask=is_pair, other=0.0).to(tl.float32)
+        # two roundings, of the quotient and of the product: as in kernels.norm
+        first = ((first * inverse).to(dtype).to(tl.float32) * weight).to(dtype).to(tl.float32)
+        weight = tl.load(norm_ptr + DIM // 2 + pairs, mask=is_pair, other=0.0).to(tl.float32)
+        second = ((second * inverse).to(dtype).to(tl.float32) * weight).to(dtype).to(tl.float32)
+    tl.store(target_ptr + offsets, (first * cos - second * sin).to(dtype), mask=inside)
+    tl.store(target_ptr + DIM // 2 + offsets, (second * cos + first * sin).to(dtype), mask=inside)
 
 
 @triton.jit
@@ -30,6 +60,8 @@ def rope_and_write_kv_kernel(
     q_ptr,  # [num_tokens, num_heads, DIM]
     k_ptr,  # [num_tokens, num_kv_heads, DIM]
     v_ptr,  # [num_tokens, num_kv_heads, V_DIM]
+    q_norm_ptr,  # [DIM] or None
+    k_norm_ptr,  # [DIM] or None
     cos_sin_ptr,  # [num_positions, DIM] fp32
     positions_ptr,  # [num_tokens] int64
     slots_ptr,  # [num_tokens] int64
@@ -41,6 +73,7 @@ def rope_and_write_kv_kernel(
     v_stride,
     num_heads,
     num_kv_heads,
+    eps,
     DIM: tl.constexpr,
     V_DIM: tl.constexpr,
     HALF_BLOCK: tl.constexpr,  # powers of two that hold half a key and a value
@@ -57,29 +90,31 @@ def rope_and_write_kv_kernel(
     sin = tl.load(cos_sin_ptr + position * DIM + DIM // 2 + pairs, mask=is_pair, other=0.0)
     if block < num_q_blocks:
         heads = block * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
+        offsets = heads[:, None] * DIM + pairs[None, :]
+        inside = (heads < num_heads)[:, None] & is_pair[None, :]
         source_ptr = q_ptr + token * q_stride
         target_ptr = q_out_ptr + token * num_heads * DIM
-        is_head = (heads < num_heads)[:, None]
+        _norm_and_rotate(
+            source_ptr, target_ptr, q_norm_ptr, offsets, inside, pairs, is_pair, cos, sin, eps, DIM
+        )
     else:
         slot = tl.load(slots_ptr + token)
         if slot < 0:
             return
         heads = (block - num_q_blocks) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
-        source_ptr = k_ptr + token * k_stride
-        target_ptr = k_cache_ptr + slot * num_kv_heads * DIM
         is_head = (heads < num_kv_heads)[:, None]
         columns = tl.arange(0, V_BLOCK)
         offsets = heads[:, None] * V_DIM + columns[None, :]
         inside = is_head & (columns < V_DIM)[None, :]
         values = tl.load(v_ptr + token * v_stride + offsets, mask=inside, other=0.0)
         tl.store(v_cache_ptr + slot * num_kv_heads * V_DIM + offsets, values, mask=inside)
-    offsets = heads[:, None] * DIM + pairs[None, :]  # [BLOCK_HEADS, HALF_BLOCK]
-    inside = is_head & is_pair[None, :]
-    first = tl.load(source_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-    second = tl.load(source_ptr + DIM // 2 + offsets, mask=inside, other=0.0).to(tl.float32)
-    dtype = q_out_ptr.dtype.element_ty
-    tl.store(target_ptr + offsets, (first * cos - second * sin).to(dtype), mask=inside)
-    tl.store(target_ptr + DIM // 2 + offsets, (second * cos + first * sin).to(dtype), mask=inside)
+        offsets = heads[:, None] * DIM + pairs[None, :]
+        inside = is_head & is_pair[None, :]
+        source_ptr = k_ptr + token * k_stride
+        target_ptr = k_cache_ptr + slot * num_kv_heads * DIM
+        _norm_and_rotate(
+            source_ptr, target_ptr, k_norm_ptr, offsets, inside, pairs, is_pair, cos, sin, eps, DIM
+        )
 
 
 @triton.jit
@@ -87,6 +122,7 @@ def rope_and_write_latent_kernel(
     q_pe_ptr,  # [num_tokens, num_heads, DIM]
     latent_ptr,  # [num_tokens, RANK]
     k_pe_ptr,  # [num_tokens, DIM]
+    latent_norm_ptr,  # [RANK] or None
     cos_sin_ptr,  # [num_positions, DIM] fp32
     positions_ptr,  # [num_tokens] int64
     slots_ptr,  # [num_tokens] int64
@@ -97,6 +133,7 @@ def rope_and_write_latent_kernel(
     latent_stride,
     k_pe_stride,
     num_heads,
+    eps,
     DIM: tl.constexpr,
     RANK: tl.constexpr,
     HALF_BLOCK: tl.constexpr,  # powers of two that hold half a k_pe and a latent
@@ -110,6 +147,7 @@ def rope_and_write_latent_kernel(
     position = tl.load(positions_ptr + token)
     cos = tl.load(cos_sin_ptr + position * DIM + pairs, mask=is_pair, other=0.0)
     sin = tl.load(cos_sin_ptr + position * DIM + DIM // 2 + pairs, mask=is_pair, other=0.0)
+    dtype = q_out_ptr.dtype.element_ty
     heads = block * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)[:, None]
     if block < tl.cdiv(num_heads, BLOCK_HEADS):
         sources = q_pe_ptr + token * q_stride + heads * q_head_stride + 2 * pairs[None, :]
@@ -121,10 +159,15 @@ def rope_and_write_latent_kernel(
             return
         row_ptr = latent_cache_ptr + slot * (RANK + DIM)
         columns = tl.arange(0, RANK_BLOCK)
-        latent = tl.load(
-            latent_ptr + token * latent_stride + columns, mask=columns < RANK, other=0.0
-        )
-        tl.store(row_ptr + columns, latent, mask=columns < RANK)
+        is_column = columns < RANK
+        latent = tl.load(latent_ptr + token * latent_stride + columns, mask=is_column, other=0.0)
+        if latent_norm_ptr is not None:
+            latent = latent.to(tl.float32)
+            mean_square = tl.sum(latent * latent, axis=0) / RANK
+            latent = (latent * tl.rsqrt(mean_square + eps)).to(dtype).to(tl.float32)
+            weight = tl.load(latent_norm_ptr + columns, mask=is_column, other=0.0)
+            latent = (latent * weight.to(tl.float32)).to(dtype)
+        tl.store(row_ptr + columns, latent, mask=is_column)
         # k_pe has one head: the first row of the tile
         row = heads - block * BLOCK_HEADS
         sources = k_pe_ptr + token * k_pe_stride + row * 0 + 2 * pairs[None, :]
@@ -132,32 +175,29 @@ def rope_and_write_latent_kernel(
         inside = (row == 0) & is_pair[None, :]
     first = tl.load(sources, mask=inside, other=0.0).to(tl.float32)  # [BLOCK_HEADS, HALF_BLOCK]
     second = tl.load(sources + 1, mask=inside, other=0.0).to(tl.float32)
-    dtype = q_out_ptr.dtype.element_ty
     tl.store(targets, (first * cos - second * sin).to(dtype), mask=inside)
     tl.store(targets + 1, (second * cos + first * sin).to(dtype), mask=inside)
 
 
-def kv_config(dim: int, v_dim: int) -> dict[str, int]:
-    """Blocks and warps of a launch."""
+def kv_config(dim: int, v_dim: int, capability: int) -> dict[str, int]:
+    """Blocks and warps of a launch. ``capability`` is 90 for sm_90."""
     return {
         "DIM": dim,
         "V_DIM": v_dim,
         "HALF_BLOCK": triton.next_power_of_2(dim // 2),
         "V_BLOCK": triton.next_power_of_2(v_dim),
-        "BLOCK_HEADS": BLOCK_HEADS,
-        "num_warps": 4,
+        **launch_config("rope_and_write_kv", arch=capability, head_dim=dim),
     }
 
 
-def latent_config(rope_dim: int, rank: int) -> dict[str, int]:
-    """Blocks and warps of a launch."""
+def latent_config(rope_dim: int, rank: int, capability: int) -> dict[str, int]:
+    """Blocks and warps of a launch. ``capability`` is 90 for sm_90."""
     return {
         "DIM": rope_dim,
         "RANK": rank,
         "HALF_BLOCK": triton.next_power_of_2(rope_dim // 2),
         "RANK_BLOCK": triton.next_power_of_2(rank),
-        "BLOCK_HEADS": BLOCK_HEADS,
-        "num_warps": 4,
+        **launch_config("rope_and_write_latent", arch=capability, rank=rank),
     }
 
 
@@ -169,18 +209,26 @@ def rope_and_write_kv(
     batch: PagedBatch,
     k_cache: Tensor,
     v_cache: Tensor,
+    *,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 0.0,
 ) -> Tensor:
-    """Rotate ``q`` and ``k`` and write ``k`` and ``v`` into their pages.
+    """Norm the heads of ``q`` and ``k``, rotate them, and write ``k`` and ``v`` into their pages.
 
     Args:
         q: [num_tokens, num_heads, head_dim], half-split pairs, any float dtype. In q, k and v heads
             and dimensions are contiguous, tokens may be rows of a wider tensor.
         k: [num_tokens, num_kv_heads, head_dim].
-        v: [num_tokens, num_kv_heads, v_head_dim], not rotated.
+        v: [num_tokens, num_kv_heads, v_head_dim], neither normed nor rotated.
         cos_sin: [num_positions, head_dim] fp32, from ``kernels.rope.rotary_table``.
         batch: gives each token's position and slot.
         k_cache: [num_pages, page_size, num_kv_heads, head_dim], dtype of ``q``, written in place.
         v_cache: [num_pages, page_size, num_kv_heads, v_head_dim], likewise.
+        q_norm: [head_dim], dtype of ``q``: each head of q first goes through ``rms_norm`` with this
+            weight (Qwen3, arXiv:2505.09388). None: it does not.
+        k_norm: likewise for k.
+        eps: of both norms.
 
     Returns:
         The rotated q, [num_tokens, num_heads, head_dim], contiguous.
@@ -188,16 +236,24 @@ def rope_and_write_kv(
     num_tokens, num_heads, dim = q.shape
     if num_tokens == 0 or not use_triton(q):
         rows = cos_sin[batch.positions].unsqueeze(1)  # [num_tokens, 1, head_dim]
+        if q_norm is not None:
+            q = rms_norm(q.reshape(-1, dim), q_norm, eps).view(q.shape)
+        if k_norm is not None:
+            k = rms_norm(k.reshape(-1, dim), k_norm, eps).view(k.shape)
         _write(rotate(k, rows, interleaved=False), batch.slot_mapping, k_cache)
         _write(v, batch.slot_mapping, v_cache)
         return rotate(q, rows, interleaved=False)
     num_kv_heads = k.shape[1]
+    config = kv_config(dim, v.shape[2], capability_of(q.device))
     q_out = torch.empty((num_tokens, num_heads, dim), dtype=q.dtype, device=q.device)
-    num_blocks = triton.cdiv(num_heads, BLOCK_HEADS) + triton.cdiv(num_kv_heads, BLOCK_HEADS)
+    block_heads = config["BLOCK_HEADS"]
+    num_blocks = triton.cdiv(num_heads, block_heads) + triton.cdiv(num_kv_heads, block_heads)
     rope_and_write_kv_kernel[(num_tokens, num_blocks)](
         q,
         k,
         v,
+        q_norm,
+        k_norm,
         cos_sin,
         batch.positions,
         batch.slot_mapping,
@@ -209,7 +265,8 @@ def rope_and_write_kv(
         v.stride(0),
         num_heads,
         num_kv_heads,
-        **kv_config(dim, v.shape[2]),
+        eps,
+        **config,
     )
     return q_out
 
@@ -221,17 +278,23 @@ def rope_and_write_latent(
     cos_sin: Tensor,
     batch: PagedBatch,
     latent_cache: Tensor,
+    *,
+    latent_norm: Tensor | None = None,
+    eps: float = 0.0,
 ) -> Tensor:
-    """Rotate ``q_pe`` and ``k_pe`` and write the latent and ``k_pe`` into their page.
+    """Norm the latent, rotate ``q_pe`` and ``k_pe``, write latent and ``k_pe`` into their page.
 
     Args:
         q_pe: [num_tokens, num_heads, rope_dim], interleaved pairs, any float dtype. Here and in
             latent and k_pe the last dimension is contiguous, others may be strided.
-        latent: [num_tokens, rank], already normed.
+        latent: [num_tokens, rank].
         k_pe: [num_tokens, rope_dim], interleaved pairs, one head for all.
         cos_sin: [num_positions, rope_dim] fp32, from ``kernels.rope.rotary_table``.
         batch: gives each token's position and slot.
         latent_cache: [num_pages, page_size, rank + rope_dim], dtype of ``q_pe``, written in place.
+        latent_norm: [rank], dtype of ``q_pe``: the latent first goes through ``rms_norm`` with this
+            weight (DeepSeek-V2, arXiv:2405.04434). None: it is already normed.
+        eps: of the norm.
 
     Returns:
         The rotated q_pe, [num_tokens, num_heads, rope_dim], contiguous; still interleaved, like
@@ -241,14 +304,19 @@ def rope_and_write_latent(
     rank = latent.shape[1]
     if num_tokens == 0 or not use_triton(q_pe):
         rows = cos_sin[batch.positions].unsqueeze(1)  # [num_tokens, 1, rope_dim]
+        if latent_norm is not None:
+            latent = rms_norm(latent, latent_norm, eps)
         roped = rotate(k_pe.unsqueeze(1), rows, interleaved=True).squeeze(1)
         _write(torch.cat((latent, roped), dim=-1), batch.slot_mapping, latent_cache)
         return rotate(q_pe, rows, interleaved=True)
+    config = latent_config(dim, rank, capability_of(q_pe.device))
     q_out = torch.empty((num_tokens, num_heads, dim), dtype=q_pe.dtype, device=q_pe.device)
-    rope_and_write_latent_kernel[(num_tokens, triton.cdiv(num_heads, BLOCK_HEADS) + 1)](
+    num_blocks = triton.cdiv(num_heads, config["BLOCK_HEADS"]) + 1
+    rope_and_write_latent_kernel[(num_tokens, num_blocks)](
         q_pe,
         latent,
         k_pe,
+        latent_norm,
         cos_sin,
         batch.positions,
         batch.slot_mapping,
@@ -259,7 +327,8 @@ def rope_and_write_latent(
         latent.stride(0),
         k_pe.stride(0),
         num_heads,
-        **latent_config(dim, rank),
+        eps,
+        **config,
     )
     return q_out
 

@@ -20,14 +20,12 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.batch import PagedBatch
+from kernels.configs import launch_config
 from kernels.dispatch import capability_of
 from kernels.sparse_mla_triton import sequence_of_row
 
-BLOCK_HEADS = 8
 # fp32 scores that exist at a time, 256 MiB; more tokens take several launches
 MAX_SCORES = 1 << 26
-KEYS_PER_PROGRAM = 1024
-SELECT_CONFIG = {"BLOCK": 2048, "num_warps": 8}
 
 
 @triton.jit
@@ -118,7 +116,7 @@ def _weighted_sum(q, weights, k):
     return tl.sum(tl.maximum(dots, 0.0) * weights[:, None], axis=0)
 
 
-@triton.jit(do_not_specialize=["first_row", "num_seqs", "scores_stride"])
+@triton.jit(do_not_specialize=["first_row", "num_seqs", "scores_stride", "table_stride"])
 def index_scores_kernel(
     q_ptr,  # [num_tokens, NUM_HEADS, DIM]
     weights_ptr,  # [num_tokens, NUM_HEADS] fp32
@@ -235,41 +233,39 @@ def select_top_k_kernel(
         num_equal += tl.sum(equal, axis=0)
 
 
-def index_config(dim: int, rope_dim: int) -> dict[str, int]:
-    """Blocks and warps of the launch that writes keys."""
+def index_config(dim: int, rope_dim: int, capability: int) -> dict[str, int]:
+    """Blocks and warps of the launch that writes keys. ``capability`` is 90 for sm_90."""
     return {
         "DIM": dim,
         "ROPE_DIM": rope_dim,
         "DIM_BLOCK": triton.next_power_of_2(dim),
-        "BLOCK_HEADS": BLOCK_HEADS,
-        "num_warps": 4,
+        **launch_config("norm_rope_and_write_index", arch=capability, head_dim=dim),
     }
 
 
 def scores_config(num_heads: int, dim: int, dtype: torch.dtype, capability: int) -> dict[str, int]:
-    """Blocks, warps and stages of the launch that scores keys. ``capability`` is 90 for sm_90.
-
-    Bounded by registers (HEADS_BLOCK * BLOCK_N fp32 products) and shared memory (queries, and
-    num_stages blocks of keys).
-    """
-    roomy = capability // 10 in (9, 10)
-    heads_block = min(max(triton.next_power_of_2(num_heads), 16), 64)
-    if dim > 256:
-        heads_block, block_n, num_warps, num_stages = 16, 16, 8, 1
-    elif dtype == torch.float32:
-        heads_block, block_n, num_warps, num_stages = min(heads_block, 32), 32, 8, 1
-    else:
-        block_n, num_warps, num_stages = (128, 8, 3) if roomy else (64, 4, 2)
+    """Blocks, warps and stages of the launch that scores keys."""
+    table = launch_config(
+        "index_scores",
+        arch=capability,
+        dtype=str(dtype).removeprefix("torch."),
+        head_dim=dim,
+        num_heads=num_heads,
+    )
+    # tl.dot takes 16 or more
+    heads_block = min(max(triton.next_power_of_2(num_heads), 16), table["HEADS_BLOCK"])
     return {
+        **table,
         "NUM_HEADS": num_heads,
         "DIM": dim,
-        "DIM_BLOCK": max(triton.next_power_of_2(dim), 16),  # tl.dot takes 16 or more
+        "DIM_BLOCK": max(triton.next_power_of_2(dim), 16),
         "HEADS_BLOCK": heads_block,
-        "BLOCK_N": block_n,
-        "KEYS": KEYS_PER_PROGRAM,
-        "num_warps": num_warps,
-        "num_stages": num_stages,
     }
+
+
+def select_config(top_k: int, capability: int) -> dict[str, int]:
+    """Block and warps of the launch that selects keys."""
+    return launch_config("select_top_k", arch=capability, top_k=top_k)
 
 
 def norm_rope_and_write_index(
@@ -285,7 +281,9 @@ def norm_rope_and_write_index(
     """Launch the kernel, for at least one token."""
     num_tokens, num_heads, dim = q.shape
     q_out = torch.empty_like(q)
-    norm_rope_and_write_index_kernel[(num_tokens, triton.cdiv(num_heads, BLOCK_HEADS) + 1)](
+    config = index_config(dim, cos_sin.shape[1], capability_of(q.device))
+    num_blocks = triton.cdiv(num_heads, config["BLOCK_HEADS"]) + 1
+    norm_rope_and_write_index_kernel[(num_tokens, num_blocks)](
         q,
         k,
         norm_weight,
@@ -298,7 +296,7 @@ def norm_rope_and_write_index(
         k.stride(0),
         num_heads,
         eps,
-        **index_config(dim, cos_sin.shape[1]),
+        **config,
     )
     return q_out
 
@@ -309,7 +307,8 @@ def select_keys(
     """Launch the kernels, for at least one token."""
     num_tokens, num_heads, dim = q.shape
     selected = torch.empty((num_tokens, top_k), dtype=torch.int32, device=q.device)
-    config = scores_config(num_heads, dim, q.dtype, capability_of(q.device))
+    capability = capability_of(q.device)
+    config = scores_config(num_heads, dim, q.dtype, capability)
     width = batch.max_context_len
     is_scored = width > top_k
     at_once = max(MAX_SCORES // width, 1)
@@ -336,6 +335,12 @@ def select_keys(
                 **config,
             )
         select_top_k_kernel[(num_rows,)](
-            scores, batch.positions, selected, first, width, top_k, **SELECT_CONFIG
+            scores,
+            batch.positions,
+            selected,
+            first,
+            width,
+            top_k,
+            **select_config(top_k, capability),
         )
     return selected

@@ -1,12 +1,15 @@
-"""Matrix product with the weights of a linear layer.
+"""Matrix products with the weights of linear layers.
 
     x [num_tokens, in_features]   weight [out_features, in_features]   bias [out_features]
     y = x @ weight.T + bias
 
-The product is torch's on every device (cuBLAS on a GPU, MKL and oneDNN on a CPU). What is unusual:
-on a CPU the number of rows decides which matrix kernel runs, and a row's last bits with it. MKL,
-which does fp32, is therefore put into the mode where it does not, and rows are padded where that
-helps, so that a token's result does not depend on its neighbours.
+On a GPU few rows go to the kernels of ``kernels.linear_triton``, which read the weights as fast as
+the memory allows, and many to cuBLAS, whose last bits follow the number of rows; batch-invariant
+products always take the same tile of our own.
+On a CPU the products are torch's (MKL and oneDNN). There the number of rows decides which matrix
+kernel runs, and a row's last bits with it. MKL, which does fp32, is therefore put into the mode
+where it does not, and rows are padded where that helps, so that a token's result does not depend
+on its neighbours.
 Graph-safe: shapes are host-known, nothing is read back.
 """
 
@@ -17,6 +20,11 @@ import os
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from kernels import linear_triton
+from kernels.activation import silu_and_mul
+from kernels.attention import pad_rows
+from kernels.dispatch import use_triton
 
 # MKL reads it at its first product. A row of an fp32 product then has the same bits for any number
 # of rows and threads (measured with AVX2 and AVX-512; without it, up to 16 rows differ from more).
@@ -31,23 +39,120 @@ def row_group(dtype: torch.dtype) -> int:
     return _ROW_GROUPS.get(dtype, 1)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    out_dtype: torch.dtype | None = None,
+    batch_invariant: bool = False,
+) -> Tensor:
     """Return ``x @ weight.T + bias``.
 
     Args:
-        x: [num_tokens, in_features], any float dtype.
-        weight: [out_features, in_features], dtype of ``x``.
-        bias: [out_features], dtype of ``x``, or None.
+        x: [num_tokens, in_features], any float dtype; rows may be strided.
+        weight: [out_features, in_features], contiguous; dtype of ``x``, or fp32, and then the
+            product is computed in fp32.
+        bias: [out_features], dtype of ``weight``, or None.
+        out_dtype: that of ``x`` or fp32; None for that of ``weight``. On a GPU fp32 is the sum as
+            it is; the torch body rounds it to the dtype of ``weight`` first.
+        batch_invariant: on a GPU, always multiply by the same tile.
 
     Returns:
-        [num_tokens, out_features] in the dtype of ``x``. On a CPU a row has the same bits in any
-        batch, for a fixed number of threads; in bf16 in any of up to 32 rows, since chips with AMX
-        are given faster kernels for more.
+        [num_tokens, out_features] in ``out_dtype``, rounded after the bias is added. On a CPU a row
+        has the same bits in any batch, for a fixed number of threads; in bf16 in any of up to 32
+        rows, since chips with AMX are given faster kernels for more. On a GPU it has them in any
+        batch if ``batch_invariant``, else only where the table of launches takes the same body.
+
+    Raises:
+        ValueError: the dtypes are none of those.
     """
-    num_tokens = x.shape[0]
+    out_dtype = _result_dtype(x, weight, out_dtype)
+    if x.shape[0] == 0:
+        return x.new_empty((0, weight.shape[0]), dtype=out_dtype)
+    if use_triton(x):
+        out = linear_triton.linear(
+            x, weight, bias, out_dtype, gated=False, batch_invariant=batch_invariant
+        )
+        return _many_rows(x, weight, bias, out_dtype) if out is None else out
+    return _padded(x.to(weight.dtype), weight, bias).to(out_dtype)
+
+
+def linear_silu_and_mul(
+    x: Tensor, gate_up: Tensor, bias: Tensor | None = None, *, batch_invariant: bool = False
+) -> Tensor:
+    """Return ``silu(gate) * up`` for the halves of ``linear(x, gate_up, bias)``.
+
+    Args:
+        x: [num_tokens, in_features], any float dtype; rows may be strided.
+        gate_up: [2 * intermediate_size, in_features], contiguous, gate first; dtype of ``x``.
+        bias: [2 * intermediate_size], dtype of ``x``, or None.
+        batch_invariant: as in `linear`.
+
+    Returns:
+        [num_tokens, intermediate_size] in the dtype of ``x``: gate, up and SiLU are rounded to it
+        before the product is, as in `silu_and_mul`. Promises about batches are those of `linear`.
+
+    Raises:
+        ValueError: ``gate_up`` has another dtype than ``x``.
+    """
+    if gate_up.dtype != x.dtype:
+        raise ValueError(f"gate_up is {gate_up.dtype}, x is {x.dtype}")
+    if use_triton(x) and x.shape[0] > 0:
+        out = linear_triton.linear(
+            x, gate_up, bias, x.dtype, gated=True, batch_invariant=batch_invariant
+        )
+        if out is not None:
+            return out
+    return silu_and_mul(linear(x, gate_up, bias, batch_invariant=batch_invariant))
+
+
+def heads_linear(x: Tensor, weight: Tensor, *, batch_invariant: bool = False) -> Tensor:
+    """Multiply each head by a matrix of its own: ``out[:, h] = x[:, h] @ weight[h].T``.
+
+    Args:
+        x: [num_tokens, num_heads, in_features], any float dtype; in_features contiguous.
+        weight: [num_heads, out_features, in_features], dtype of ``x``, of any strides.
+        batch_invariant: on a GPU, always multiply by the same tile.
+
+    Returns:
+        [num_tokens, num_heads, out_features], contiguous, in the dtype of ``x``. Promises about
+        batches are those of `linear`.
+    """
+    num_tokens, num_heads, in_features = x.shape
+    out_features = weight.shape[1]
     if num_tokens == 0:
-        return x.new_empty((0, weight.shape[0]))
-    num_padding = 0 if x.is_cuda else -num_tokens % row_group(x.dtype)
+        return x.new_empty((0, num_heads, out_features))
+    if use_triton(x):
+        out = linear_triton.heads_linear(x, weight, batch_invariant)
+        if out is not None:
+            return out
+        return torch.bmm(x.transpose(0, 1), weight.mT).transpose(0, 1).contiguous()
+    by_head = pad_rows(x.transpose(0, 1), in_features * out_features)
+    return torch.bmm(by_head, weight.mT)[:, :num_tokens].transpose(0, 1).contiguous()
+
+
+def _result_dtype(x: Tensor, weight: Tensor, out_dtype: torch.dtype | None) -> torch.dtype:
+    if weight.dtype not in (x.dtype, torch.float32):
+        raise ValueError(f"weight is {weight.dtype}, x is {x.dtype}")
+    if out_dtype not in (None, weight.dtype, torch.float32):
+        raise ValueError(f"out_dtype is {out_dtype}, weight is {weight.dtype}")
+    return out_dtype or weight.dtype
+
+
+def _many_rows(x: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    """The product by cuBLAS, with the fp32 sum unrounded if ``out_dtype`` asks for it."""
+    if out_dtype == weight.dtype:
+        return functional.linear(x.to(weight.dtype), weight, bias)
+    if not x.is_cuda:  # the interpreter's torch has no product that widens
+        return functional.linear(x.float(), weight.float(), None if bias is None else bias.float())
+    out = torch.mm(x, weight.mT, out_dtype=out_dtype)
+    return out if bias is None else out.add_(bias)
+
+
+def _padded(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    num_tokens = x.shape[0]
+    num_padding = -num_tokens % row_group(x.dtype)
     if num_padding == 0:
         return functional.linear(x, weight, bias)
     padded = functional.pad(x, (0, 0, 0, num_padding))

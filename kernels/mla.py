@@ -34,10 +34,10 @@ from kernels.attention import (
     decode_groups,
     gather_heads,
     gathered_slots,
-    pad_rows,
 )
 from kernels.batch import PagedBatch
 from kernels.dispatch import use_triton
+from kernels.linear import heads_linear, linear
 
 # values of expanded keys and values that exist at a time: 256 MiB in bf16
 MAX_EXPANDED_VALUES = 1 << 27
@@ -50,6 +50,8 @@ def mla_attention(
     kv_b_weight: Tensor,
     batch: PagedBatch,
     scale: float,
+    *,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """Attend from every token of the step to the latents of its sequence, up to its own.
 
@@ -61,17 +63,20 @@ def mla_attention(
         kv_b_weight: [num_heads, nope + v, rank], dtype of ``q_nope``.
         batch: where the tokens sit.
         scale: multiplies the scores; with YaRN it holds the square of ``yarn_mscale``.
+        batch_invariant: on a GPU, keep a row's bits from following the number of rows in products
+            with ``kv_b_weight`` too, as they do not anywhere else.
 
     Returns:
         [num_tokens, num_heads, v], dtype of ``q_nope``. A row's bits do not depend on the other
-        sequences; in the torch body nor on how the sequence was cut into chunks.
+        sequences, on a GPU if ``batch_invariant``; in the torch body nor on how the sequence was
+        cut into chunks.
     """
     num_tokens, num_heads, nope = q_nope.shape
     rank = kv_b_weight.shape[2]
     if num_tokens == 0:
         return q_nope.new_empty((0, num_heads, kv_b_weight.shape[1] - nope))
     if use_triton(q_nope):
-        return _launch(q_nope, q_pe, latent_cache, kv_b_weight, batch, scale)
+        return _launch(q_nope, q_pe, latent_cache, kv_b_weight, batch, scale, batch_invariant)
     q = torch.cat((absorb(q_nope, kv_b_weight), q_pe), dim=-1).float() * scale
     attended = _attend_all(q, latent_cache, rank, batch)
     return expand_values(attended.to(q_nope.dtype), kv_b_weight[:, nope:])
@@ -85,6 +90,8 @@ def sparse_mla_attention(
     batch: PagedBatch,
     scale: float,
     selected: Tensor,
+    *,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """``mla_attention`` to chosen keys only.
 
@@ -104,7 +111,9 @@ def sparse_mla_attention(
     if num_tokens == 0:
         return q_nope.new_empty((0, num_heads, kv_b_weight.shape[1] - nope))
     if use_triton(q_nope):
-        return _launch_sparse(q_nope, q_pe, latent_cache, kv_b_weight, batch, scale, selected)
+        return _launch_sparse(
+            q_nope, q_pe, latent_cache, kv_b_weight, batch, scale, selected, batch_invariant
+        )
     q = torch.cat((absorb(q_nope, kv_b_weight), q_pe), dim=-1).float() * scale
     attended = q.new_empty((num_tokens, num_heads, rank))
     is_dense = batch.positions < top_k
@@ -164,19 +173,15 @@ def _first(batch: PagedBatch, num_positions: int) -> PagedBatch:
     )
 
 
-def absorb(q_nope: Tensor, kv_b_weight: Tensor) -> Tensor:
+def absorb(q_nope: Tensor, kv_b_weight: Tensor, batch_invariant: bool = False) -> Tensor:
     """Queries in the space of the latents: [num_tokens, num_heads, rank]."""
-    num_tokens, _, nope = q_nope.shape
-    least = kv_b_weight.shape[2] * q_nope.shape[2]
-    by_head = pad_rows(q_nope.transpose(0, 1), least)  # [num_heads, num_tokens, nope]
-    return torch.bmm(by_head, kv_b_weight[:, :nope])[:, :num_tokens].transpose(0, 1)
+    key_weight = kv_b_weight[:, : q_nope.shape[2]]  # [num_heads, nope, rank]
+    return heads_linear(q_nope, key_weight.mT, batch_invariant=batch_invariant)
 
 
-def expand_values(attended: Tensor, value_weight: Tensor) -> Tensor:
+def expand_values(attended: Tensor, value_weight: Tensor, batch_invariant: bool = False) -> Tensor:
     """Head outputs of attended latents: [num_tokens, num_heads, rank] to [..., v]."""
-    least = value_weight.shape[1] * value_weight.shape[2]
-    by_head = pad_rows(attended.transpose(0, 1), least)  # [num_heads, num_tokens, rank]
-    return torch.bmm(by_head, value_weight.mT)[:, : attended.shape[0]].transpose(0, 1)
+    return heads_linear(attended, value_weight, batch_invariant=batch_invariant)
 
 
 def max_expanded_context(num_heads: int, nope: int, rope: int, v_head_dim: int) -> int:
@@ -191,6 +196,7 @@ def _launch(
     kv_b_weight: Tensor,
     batch: PagedBatch,
     scale: float,
+    batch_invariant: bool,
 ) -> Tensor:
     num_tokens, num_heads, nope = q_nope.shape
     v_head_dim = kv_b_weight.shape[1] - nope
@@ -199,11 +205,14 @@ def _launch(
     num_absorbed = num_tokens if has_long else batch.num_decodes
     out = q_nope.new_empty((num_tokens, num_heads, v_head_dim))
     if num_absorbed:
-        heads = _absorbed_heads(q_nope[:num_absorbed], q_pe, latent_cache, kv_b_weight, batch)
-        attended = q_nope.new_empty(heads.q.shape)  # [num_absorbed, num_heads, rank]
+        q_latent = absorb(q_nope[:num_absorbed], kv_b_weight, batch_invariant)
+        heads = _absorbed_heads(q_latent, q_pe, latent_cache, batch)
+        attended = _attended_rows(heads.q, has_long)  # [num_absorbed, num_heads, rank]
         _attend_absorbed(heads, batch, scale, bound, attended)
-        out[:num_absorbed] = expand_values(attended, kv_b_weight[:, nope:])
-    _attend_expanded(q_nope, q_pe, latent_cache, kv_b_weight, batch, scale, bound, out)
+        out[:num_absorbed] = expand_values(attended, kv_b_weight[:, nope:], batch_invariant)
+    _attend_expanded(
+        q_nope, q_pe, latent_cache, kv_b_weight, batch, scale, bound, batch_invariant, out
+    )
     return out
 
 
@@ -215,14 +224,17 @@ def _launch_sparse(
     batch: PagedBatch,
     scale: float,
     selected: Tensor,
+    batch_invariant: bool,
 ) -> Tensor:
     num_heads, nope = q_nope.shape[1:]
     v_head_dim = kv_b_weight.shape[1] - nope
     top_k = selected.shape[1]
     bound = max_expanded_context(num_heads, nope, q_pe.shape[2], v_head_dim)
-    heads = _absorbed_heads(q_nope, q_pe, latent_cache, kv_b_weight, batch)
+    q_latent = absorb(q_nope, kv_b_weight, batch_invariant)
+    heads = _absorbed_heads(q_latent, q_pe, latent_cache, batch)
     shape = latent_shape(num_heads, kv_b_weight.shape[2], q_pe.shape[2])
-    attended = q_nope.new_empty(heads.q.shape)  # [num_tokens, num_heads, rank]
+    has_chunks = batch.num_decodes < batch.num_seqs
+    attended = _attended_rows(heads.q, has_chunks)  # [num_tokens, num_heads, rank]
     # to the dense kernels a sequence that is attended sparsely has no context: they skip it
     dense = replace(
         batch,
@@ -231,24 +243,31 @@ def _launch_sparse(
     )
     _attend_absorbed(heads, dense, scale, bound, attended)
     sparse_mla_triton.attend_selected(heads, shape, batch, scale, selected, attended)
-    out = expand_values(attended, kv_b_weight[:, nope:]).contiguous()
+    out = expand_values(attended, kv_b_weight[:, nope:], batch_invariant)
     if batch.min_chunk_context_len <= top_k:
-        _attend_expanded(q_nope, q_pe, latent_cache, kv_b_weight, dense, scale, bound, out)
+        _attend_expanded(
+            q_nope, q_pe, latent_cache, kv_b_weight, dense, scale, bound, batch_invariant, out
+        )
     return out
 
 
 def _absorbed_heads(
-    q_nope: Tensor, q_pe: Tensor, latent_cache: Tensor, kv_b_weight: Tensor, batch: PagedBatch
+    q_latent: Tensor, q_pe: Tensor, latent_cache: Tensor, batch: PagedBatch
 ) -> attention_triton.PagedHeads:
     pages = latent_cache.unsqueeze(2)  # [num_pages, page_size, 1, rank + rope]
     return attention_triton.PagedHeads(
-        q=absorb(q_nope, kv_b_weight),
+        q=q_latent,
         q_tail=q_pe,
         k=pages,
-        k_tail=pages[..., kv_b_weight.shape[2] :],
+        k_tail=pages[..., q_latent.shape[2] :],
         v=None,
         block_table=batch.block_table,
     )
+
+
+def _attended_rows(q_latent: Tensor, has_chunks: bool) -> Tensor:
+    """Room for attended latents; rows of expanded chunks stay as they are, and must be numbers."""
+    return torch.zeros_like(q_latent) if has_chunks else torch.empty_like(q_latent)
 
 
 def _attend_absorbed(
@@ -278,6 +297,7 @@ def _attend_expanded(
     batch: PagedBatch,
     scale: float,
     bound: int,
+    batch_invariant: bool,
     out: Tensor,
 ) -> None:
     """Rows of ``out`` [num_tokens, num_heads, v] of chunks with a context of at most ``bound``."""
@@ -287,7 +307,9 @@ def _attend_expanded(
     seqs_at_a_time = max(bound // (num_pages * page_size), 1)
     for first in range(batch.num_decodes, batch.num_seqs, seqs_at_a_time):
         seqs = range(first, min(first + seqs_at_a_time, batch.num_seqs))
-        heads = _expand(q_nope, q_pe, latent_cache, kv_b_weight, batch, seqs, num_pages)
+        heads = _expand(
+            q_nope, q_pe, latent_cache, kv_b_weight, batch, seqs, num_pages, batch_invariant
+        )
         attention_triton.attend_chunks(
             heads,
             attention_triton.head_shape(1, width, out.shape[2]),
@@ -312,6 +334,7 @@ def _expand(
     batch: PagedBatch,
     seqs: range,
     num_pages: int,
+    batch_invariant: bool,
 ) -> attention_triton.PagedHeads:
     """Keys and values of the first ``num_pages`` pages of ``seqs``, as pages of their own.
 
@@ -321,7 +344,11 @@ def _expand(
     nope = q_nope.shape[2]
     table = batch.block_table[seqs.start : seqs.stop, :num_pages].long()
     latents = latent_cache[table.flatten()]  # [pages, page_size, rank + rope]
-    keys_values = torch.matmul(latents[..., :rank], kv_b_weight.view(-1, rank).mT)
+    matrix = kv_b_weight.view(-1, rank)  # [num_heads * (nope + v), rank]
+    if batch_invariant:
+        keys_values = linear(latents.flatten(0, 1)[:, :rank], matrix, batch_invariant=True)
+    else:
+        keys_values = torch.matmul(latents[..., :rank], matrix.mT)
     keys_values = keys_values.view(*latents.shape[:2], num_heads, width)
     k_pe = latents[..., None, rank:].expand(-1, -1, num_heads, -1)
     keys = torch.cat(

@@ -9,6 +9,7 @@
 A *slot* is one (token, j) pair, numbered t * k + j. Slots are sorted by expert and each expert's
 group is padded to whole row blocks, so every expert is one dense product and a row's bits do not
 depend on how many neighbours chose the same expert. The sum over j runs in slot order, in fp32.
+The output of shared experts, which every token has, may be added to it.
 
 FP8 weights (``kernels.quant``) are decoded inside the product. The torch body decodes the experts
 that are hit, as many at a time as fit in a fixed number of bytes.
@@ -143,6 +144,9 @@ def moe_experts(
     expert_weights: Tensor,
     gate_up: Tensor | Fp8Weight,
     down: Tensor | Fp8Weight,
+    shared: Tensor | None = None,
+    *,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """Apply each token's experts and add up their weighted outputs.
 
@@ -154,16 +158,25 @@ def moe_experts(
             as many matrices in FP8.
         down: [num_experts, hidden_size, intermediate_size], dtype of ``x``, or FP8. Weights that
             say W8A8 have their input quantized: ``x``, and what the gate lets through.
+        shared: [num_tokens, hidden_size], dtype of ``x``, or None: what the shared experts gave,
+            added to the sum once it is rounded.
+        batch_invariant: on a GPU, launch as for one token whatever the number of tokens.
 
     Returns:
-        [num_tokens, hidden_size] in the dtype of ``x``; a row has the same bits in any batch, on
-        a CPU for a fixed number of threads.
+        [num_tokens, hidden_size] in the dtype of ``x``. On a CPU a row has the same bits in any
+        batch, for a fixed number of threads. On a GPU it has the same bits in any batch if
+        ``batch_invariant``; else in all whose number of tokens chooses the same row of
+        ``[[grouped_linear]]`` or ``[[grouped_fp8_linear]]`` in ``configs.toml``: by default in any
+        of up to 64 tokens.
     """
     if x.shape[0] == 0:
         return x.new_empty(x.shape)
     if use_triton(x):
-        return moe_triton.moe_experts(x, expert_ids, expert_weights, gate_up, down)
-    return _moe_experts_torch(x, expert_ids, expert_weights, gate_up, down)
+        return moe_triton.moe_experts(
+            x, expert_ids, expert_weights, gate_up, down, shared, batch_invariant=batch_invariant
+        )
+    routed = _moe_experts_torch(x, expert_ids, expert_weights, gate_up, down)
+    return routed if shared is None else routed + shared
 
 
 def _moe_experts_torch(

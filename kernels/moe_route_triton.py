@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROUTE_WARPS = 4
+from kernels.configs import launch_config
+
 _NO_ID = tl.constexpr(2**31 - 1)
 
 
@@ -141,7 +142,7 @@ def route_config(top_k: int, num_groups: int, group_size: int) -> dict[str, int]
         "TOP_K_BLOCK": triton.next_power_of_2(top_k),
         "GROUPS_BLOCK": triton.next_power_of_2(num_groups),
         "SIZE_BLOCK": triton.next_power_of_2(group_size),
-        "num_warps": ROUTE_WARPS,
+        **launch_config("moe_route", num_experts=num_groups * group_size),
     }
 
 

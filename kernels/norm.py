@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
+from kernels.configs import launch_config
 from kernels.dispatch import use_triton
 
 
@@ -51,9 +52,9 @@ def rms_norm_kernel(
 
 
 def rms_norm_config(hidden_size: int) -> dict[str, int]:
-    """Block and warps for a row: at most 16 values per thread."""
-    block = triton.next_power_of_2(hidden_size)
-    return {"BLOCK": block, "num_warps": min(max(block // 512, 1), 16)}
+    """Block and warps for a row."""
+    config = launch_config("rms_norm", hidden_size=hidden_size)
+    return {"BLOCK": triton.next_power_of_2(hidden_size), **config}
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -29,6 +29,7 @@ from kernels.linear import linear
 BLOCK = 128
 E4M3_MAX = 448.0
 MIN_ACTIVATION = 1e-4  # a group's largest magnitude counts as at least this
+MIN_SCALE = 2.0**-126  # of weights: the smallest normal fp32, so that none is divided by zero
 MAX_DECODED_BYTES = 64 << 20  # of one slice in the torch body, in fp32
 
 ActivationScale = Literal["float32", "ue8m0"]
@@ -60,21 +61,25 @@ def num_blocks(size: int) -> int:
 def quantize_weight(weight: Tensor, scale: ActivationScale = "float32") -> tuple[Tensor, Tensor]:
     """Quantize one matrix in blocks: largest magnitude of each block to 448.
 
+    s = max(max(|block|) / 448, 2^-126), and 1 for a block of zeros.
+
     Args:
         weight: [out_features, in_features], any float dtype, finite.
         scale: "ue8m0" rounds scales up to powers of two.
 
     Returns:
         ``(values, scale_inv)``: [out_features, in_features] float8_e4m3fn and
-        [ceil(out_features / 128), ceil(in_features / 128)] fp32.
+        [ceil(out_features / 128), ceil(in_features / 128)] fp32. Both bodies give the same bits.
     """
+    if use_triton(weight) and weight.numel() > 0:
+        return quant_triton.quantize_weight(weight, scale)
     out_features, in_features = weight.shape
     rows, columns = num_blocks(out_features), num_blocks(in_features)
     padding = (0, columns * BLOCK - in_features, 0, rows * BLOCK - out_features)
     padded = torch.nn.functional.pad(weight.float(), padding)
     blocks = padded.view(rows, BLOCK, columns, BLOCK)
     highest = blocks.abs().amax(dim=(1, 3))
-    scale_inv = torch.where(highest > 0, highest / E4M3_MAX, 1.0)
+    scale_inv = torch.where(highest > 0, (highest / E4M3_MAX).clamp(min=MIN_SCALE), 1.0)
     if scale == "ue8m0":
         scale_inv = _round_up_to_power_of_two(scale_inv)
     values = (blocks / scale_inv[:, None, :, None]).to(torch.float8_e4m3fn)
@@ -126,26 +131,29 @@ def dequantize_activations(values: Tensor, scales: Tensor) -> Tensor:
     return values.float() * scales.repeat_interleave(BLOCK, dim=1)[:, :in_features]
 
 
-def fp8_linear(x: Tensor, weight: Fp8Weight, bias: Tensor | None = None) -> Tensor:
+def fp8_linear(
+    x: Tensor, weight: Fp8Weight, bias: Tensor | None = None, *, batch_invariant: bool = False
+) -> Tensor:
     """Return ``x @ weight.T + bias``; W8A8 if ``weight.activations`` says so, else W8A16.
 
     Args:
         x: [num_tokens, in_features], any float dtype.
         weight: one matrix.
         bias: [out_features], dtype of ``x``, or None.
+        batch_invariant: on a GPU, launch as for one row whatever the number of rows.
 
     Returns:
         [num_tokens, out_features] in the dtype of ``x``, rounded after the bias is added. On a CPU
         a row has the same bits in any batch, for a fixed number of threads. On a GPU it has the
-        same bits in any batch of up to ``quant_triton.MAX_DECODE_ROWS`` rows, and in any larger
-        one.
+        same bits in any batch if ``batch_invariant``; else in all whose number of rows chooses the
+        same row of ``[[fp8_linear]]`` in ``configs.toml``: by default in any of up to 64 rows.
     """
     num_tokens, in_features = x.shape
     out_features = weight.values.shape[0]
     if num_tokens == 0:
         return x.new_empty((0, out_features))
     if use_triton(x):
-        return quant_triton.fp8_linear(x, weight, bias)
+        return quant_triton.fp8_linear(x, weight, bias, batch_invariant=batch_invariant)
     rows = x
     if weight.activations is not None:
         rows = dequantize_activations(*quantize_activations(x, weight.activations))

@@ -4,31 +4,34 @@
 e4m3 travels as uint8, since sm_80 and sm_86 know no such type: there it is read, and everywhere
 written, by integer operations. fp16 holds every e4m3 number exactly, and so does bf16.
 A program of the product takes BLOCK_M rows and BLOCK_N outputs; it adds up, in fp32, one product
-per slice of BLOCK_K channels times the slice's scales. Programs next to each other share weights.
-Graph-safe: the grids follow from shapes, nothing is read back.
+per BLOCK_K channels times their scales. Programs next to each other share weights. Where a matrix
+has too few outputs to keep a chip busy, its channels are cut into SLICES. For a few rows each has a
+program, and a second kernel adds their fp32 sums in order; for many one program does so itself,
+with the same bits. Graph-safe: the grids follow from shapes, nothing is read back.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.dispatch import multiplies_fp8
+from kernels.configs import launch_config
+from kernels.dispatch import capability_of, multiplies_fp8
 
 if TYPE_CHECKING:
     from kernels.quant import ActivationScale, Fp8Weight
 
-QUANTIZE_CONFIG = {"GROUPS": 8, "num_warps": 4}
-MAX_DECODE_ROWS = 64  # up to here a product is bound by reading the weights
 # as in kernels.quant, which imports this file
 _BLOCK = tl.constexpr(128)
 _E4M3_MAX = tl.constexpr(448.0)
 _MIN_ACTIVATION = tl.constexpr(1e-4)
 _INFINITY = tl.constexpr(0x7F800000)  # bits of fp32
+_MIN_SCALE = tl.constexpr(2.0**-126)
+_MAX_SPLIT_ROWS = 64  # more rows are enough programs
 
 
 @triton.jit
@@ -53,6 +56,14 @@ def float_to_e4m3(x):
 
 
 @triton.jit
+def _round_up_to_power_of_two(scales):
+    # normal numbers and infinity
+    bits = scales.to(tl.int32, bitcast=True)
+    above = (bits + 0x7FFFFF) & _INFINITY
+    return tl.where(bits < _INFINITY, above, bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def fp8_product(
     rows_ptr,  # W8A8: e4m3 as uint8
     row_scales_ptr,  # [num_rows, num_scales] fp32; W8A16: None
@@ -64,16 +75,18 @@ def fp8_product(
     is_column,
     row_stride,
     in_features,
+    first,  # channels [first, end), a multiple of 128 and another or in_features
+    end,
     num_scales,
     QUANTIZED_ROWS: tl.constexpr,  # W8A8
     FP8_DOT: tl.constexpr,  # W8A8 in fp8 matrix units; else both sides decoded to fp16
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,  # divides 128, so that a slice has one scale
+    BLOCK_K: tl.constexpr,  # divides 128, so that a step has one scale
 ):
     # rows [row_ids] times the transposed rows [columns] of the matrix: [BLOCK_M, BLOCK_N] fp32
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for k in range(0, in_features, BLOCK_K):
+    for k in range(first, end, BLOCK_K):
         inner = k + tl.arange(0, BLOCK_K)
         is_inner = inner < in_features
         rows = tl.load(
@@ -110,7 +123,7 @@ def fp8_linear_kernel(
     scale_inv_ptr,  # [num_row_blocks, num_scales] fp32
     scale_rows_ptr,  # [out_features] int32
     bias_ptr,  # [out_features] or None
-    out_ptr,  # [num_rows, out_features]
+    out_ptr,  # [num_rows, out_features]; SPLIT: [SLICES, num_rows, out_features] fp32
     num_rows,
     row_stride,
     out_features,
@@ -118,6 +131,8 @@ def fp8_linear_kernel(
     num_scales,  # of a row: ceil(in_features / 128)
     QUANTIZED_ROWS: tl.constexpr,
     FP8_DOT: tl.constexpr,
+    SLICES: tl.constexpr,
+    SPLIT: tl.constexpr,  # a program has one slice; else it has all of them
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -127,31 +142,64 @@ def fp8_linear_kernel(
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     is_column = columns < out_features
     scale_rows = tl.load(scale_rows_ptr + columns, mask=is_column, other=0)
-    total = fp8_product(
-        rows_ptr,
-        row_scales_ptr,
-        values_ptr,
-        scale_inv_ptr + scale_rows * num_scales,
-        row_ids,
-        is_row,
-        columns,
-        is_column,
-        row_stride,
-        in_features,
-        num_scales,
-        QUANTIZED_ROWS,
-        FP8_DOT,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_K,
-    )
+    slice_size = tl.cdiv(num_scales, SLICES) * _BLOCK
+    first_slice, end_slice = 0, SLICES
+    if SPLIT:
+        first_slice = tl.program_id(2)
+        end_slice = first_slice + 1
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for slice_id in range(first_slice, end_slice):
+        total += fp8_product(
+            rows_ptr,
+            row_scales_ptr,
+            values_ptr,
+            scale_inv_ptr + scale_rows * num_scales,
+            row_ids,
+            is_row,
+            columns,
+            is_column,
+            row_stride,
+            in_features,
+            slice_id * slice_size,
+            tl.minimum((slice_id + 1) * slice_size, in_features),
+            num_scales,
+            QUANTIZED_ROWS,
+            FP8_DOT,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+        )
     if bias_ptr is not None:
         total += tl.load(bias_ptr + columns, mask=is_column, other=0.0).to(tl.float32)[None, :]
+    out_rows = tl.program_id(2) * num_rows + row_ids
     tl.store(
-        out_ptr + row_ids[:, None] * out_features + columns[None, :],
+        out_ptr + out_rows[:, None] * out_features + columns[None, :],
         total.to(out_ptr.dtype.element_ty),
         mask=is_row[:, None] & is_column[None, :],
     )
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def add_slices_kernel(
+    partial_ptr,  # [SLICES, num_rows, out_features] fp32
+    bias_ptr,  # [out_features] or None
+    out_ptr,  # [num_rows, out_features]
+    num_rows,
+    out_features,
+    SLICES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < out_features
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for slice_id in tl.static_range(SLICES):
+        partial_row = slice_id * num_rows + row
+        total += tl.load(partial_ptr + partial_row * out_features + columns, mask=inside, other=0.0)
+    if bias_ptr is not None:
+        total += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    out = total.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + row * out_features + columns, out, mask=inside)
 
 
 @triton.jit
@@ -176,35 +224,60 @@ def quantize_activations_kernel(
     highest = tl.maximum(tl.max(magnitudes, axis=1), lowest)
     scales = tl.div_rn(highest.to(tl.float32, bitcast=True), _E4M3_MAX)  # [GROUPS]
     if POWER_OF_TWO:
-        bits = scales.to(tl.int32, bitcast=True)
-        above = (bits + 0x7FFFFF) & _INFINITY
-        scales = tl.where(bits < _INFINITY, above, bits).to(tl.float32, bitcast=True)
+        scales = _round_up_to_power_of_two(scales)
     codes = float_to_e4m3(tl.div_rn(x, scales[:, None]))
     tl.store(values_ptr + token * in_features + columns, codes, mask=inside)
     tl.store(scales_ptr + token * num_scales + groups, scales, mask=groups < num_scales)
 
 
-def fp8_linear_config(
-    dtype: torch.dtype, num_rows: int, in_features: int, fp8_dot: bool
-) -> dict[str, int]:
-    """Block shape and launch: one for decodes and one for prompts, with the same slices of K.
+@triton.jit
+def quantize_weight_kernel(
+    weight_ptr,  # [out_features, in_features]
+    values_ptr,  # [out_features, in_features] uint8, out
+    scale_inv_ptr,  # [num_row_blocks, num_scales] fp32, out
+    row_stride,
+    out_features,
+    in_features,
+    num_scales,  # of a row: ceil(in_features / 128)
+    POWER_OF_TWO: tl.constexpr,  # scales are rounded up to one
+):
+    row_block, column_block = tl.program_id(0), tl.program_id(1)
+    rows = row_block.to(tl.int64) * _BLOCK + tl.arange(0, _BLOCK)[:, None]
+    columns = column_block * _BLOCK + tl.arange(0, _BLOCK)[None, :]
+    inside = (rows < out_features) & (columns < in_features)
+    weight = tl.load(weight_ptr + rows * row_stride + columns, mask=inside, other=0.0)
+    weight = weight.to(tl.float32)
+    highest = tl.max(tl.max(tl.abs(weight), axis=1), axis=0)
+    scale = tl.maximum(tl.div_rn(highest, tl.full((), _E4M3_MAX, tl.float32)), _MIN_SCALE)
+    scale = tl.where(highest > 0, scale, 1.0)
+    if POWER_OF_TWO:
+        scale = _round_up_to_power_of_two(scale)
+    codes = float_to_e4m3(tl.div_rn(weight, scale))
+    tl.store(values_ptr + rows * in_features + columns, codes, mask=inside)
+    tl.store(scale_inv_ptr + row_block * num_scales + column_block, scale)
 
-    ``dtype`` is that of the rows, uint8 for W8A8. fp32, which no model is served in, has only one
-    launch, and so have rows off 16 bytes, whose loads take the registers that a large block needs.
-    """
+
+def fp8_linear_config(
+    arch: int, dtype: torch.dtype, num_rows: int, out_features: int, in_features: int, fp8_dot: bool
+) -> dict[str, Any]:
+    """Block shape, slices and launch; ``dtype`` is that of the rows, uint8 for W8A8."""
     quantized = dtype == torch.uint8
-    if dtype == torch.float32:
-        blocks = {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
-    elif num_rows <= MAX_DECODE_ROWS or in_features % 16:
-        blocks = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4}
-    elif quantized and not fp8_dot:  # decoding both sides takes registers
-        blocks = {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3}
-    else:
-        blocks = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 8, "num_stages": 3}
+    blocks = launch_config(
+        "fp8_linear",
+        arch=arch,
+        dtype=str(dtype).removeprefix("torch."),
+        rows=num_rows,
+        out_features=out_features,
+        in_features=in_features,
+        aligned=in_features % 16 == 0,
+        fp8_dot=quantized and fp8_dot,
+    )
     return {"QUANTIZED_ROWS": quantized, "FP8_DOT": quantized and fp8_dot, **blocks}
 
 
-def fp8_linear(x: Tensor, weight: Fp8Weight, bias: Tensor | None) -> Tensor:
+def fp8_linear(
+    x: Tensor, weight: Fp8Weight, bias: Tensor | None, *, batch_invariant: bool
+) -> Tensor:
     """Launch the kernels, for at least one row."""
     num_rows, in_features = x.shape
     out_features, num_scales = weight.values.shape[0], weight.scale_inv.shape[1]
@@ -213,23 +286,45 @@ def fp8_linear(x: Tensor, weight: Fp8Weight, bias: Tensor | None) -> Tensor:
     if weight.activations is not None:
         rows, row_scales = quantize_activations(rows, weight.activations)
         rows = rows.view(torch.uint8)
-    config = fp8_linear_config(rows.dtype, num_rows, in_features, multiplies_fp8(x.device))
-    grid = triton.cdiv(num_rows, config["BLOCK_M"]), triton.cdiv(out_features, config["BLOCK_N"])
+    config = fp8_linear_config(
+        capability_of(x.device),
+        rows.dtype,
+        1 if batch_invariant else num_rows,
+        out_features,
+        in_features,
+        multiplies_fp8(x.device),
+    )
+    slices = config["SLICES"] if num_rows <= _MAX_SPLIT_ROWS else 1
+    partial = out
+    if slices > 1:
+        shape = slices, num_rows, out_features
+        partial = torch.empty(shape, dtype=torch.float32, device=x.device)
+    grid = (
+        triton.cdiv(num_rows, config["BLOCK_M"]),
+        triton.cdiv(out_features, config["BLOCK_N"]),
+        slices,
+    )
     fp8_linear_kernel[grid](
         rows,
         row_scales,
         weight.values.view(torch.uint8),
         weight.scale_inv,
         weight.scale_rows,
-        bias,
-        out,
+        bias if slices == 1 else None,
+        partial,
         num_rows,
         rows.stride(0),
         out_features,
         in_features,
         num_scales,
+        SPLIT=slices > 1,
         **config,
     )
+    if slices > 1:
+        config = launch_config("fp8_add_slices")
+        add_slices_kernel[(num_rows, triton.cdiv(out_features, config["BLOCK"]))](
+            partial, bias, out, num_rows, out_features, SLICES=slices, **config
+        )
     return out
 
 
@@ -240,7 +335,8 @@ def quantize_activations(x: Tensor, scale: ActivationScale) -> tuple[Tensor, Ten
     x = x if x.stride(1) == 1 else x.contiguous()
     values = torch.empty((num_tokens, in_features), dtype=torch.float8_e4m3fn, device=x.device)
     scales = torch.empty((num_tokens, num_scales), dtype=torch.float32, device=x.device)
-    grid = num_tokens, triton.cdiv(num_scales, QUANTIZE_CONFIG["GROUPS"])
+    config = launch_config("quantize_activations")
+    grid = num_tokens, triton.cdiv(num_scales, config["GROUPS"])
     quantize_activations_kernel[grid](
         x,
         values.view(torch.uint8),
@@ -249,6 +345,27 @@ def quantize_activations(x: Tensor, scale: ActivationScale) -> tuple[Tensor, Ten
         in_features,
         num_scales,
         POWER_OF_TWO=scale == "ue8m0",
-        **QUANTIZE_CONFIG,
+        **config,
     )
     return values, scales
+
+
+def quantize_weight(weight: Tensor, scale: ActivationScale) -> tuple[Tensor, Tensor]:
+    """Launch the kernel, for at least one element."""
+    out_features, in_features = weight.shape
+    grid = triton.cdiv(out_features, _BLOCK.value), triton.cdiv(in_features, _BLOCK.value)
+    weight = weight if weight.stride(1) == 1 else weight.contiguous()
+    values = torch.empty(weight.shape, dtype=torch.float8_e4m3fn, device=weight.device)
+    scale_inv = torch.empty(grid, dtype=torch.float32, device=weight.device)
+    quantize_weight_kernel[grid](
+        weight,
+        values.view(torch.uint8),
+        scale_inv,
+        weight.stride(0),
+        out_features,
+        in_features,
+        grid[1],
+        POWER_OF_TWO=scale == "ue8m0",
+        **launch_config("quantize_weight"),
+    )
+    return values, scale_inv

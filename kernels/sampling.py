@@ -13,8 +13,8 @@ Every filter is a threshold on l, in this order: top-k keeps l >= the k-th large
 smallest such set that holds the share p of what top-k left; min-p keeps w >= min_p * max w. Tokens
 tied with the last one kept are kept, so nothing depends on how a sort breaks ties. What is unusual:
 a large vocabulary is not sorted on the common path, and a row has the same bits in any batch.
-Graph-safe: every value of a row is read on the device; ``all_greedy``, ``any_filter`` and
-``num_logprobs`` are host-known and pick the kernels.
+Graph-safe: every value of a row is read on the device; ``all_greedy``, the ``any_*`` flags and
+``num_logprobs`` are host-known and pick the launches. A flag that is set for no row changes no bit.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels import sampling_triton
+from kernels import sampling_logprobs_triton, sampling_triton
 from kernels.dispatch import use_triton
 from kernels.philox import uniforms
 
@@ -47,14 +47,16 @@ class SamplingBatch:
     positions: Tensor  # [num_rows] int64, the position the drawn token will take
     vocab_size: int  # ids at and above it are padding of the head
     all_greedy: bool  # every temperature is 0
-    any_filter: bool  # some row uses top_k, top_p or min_p
+    any_filter: bool  # some row uses top_k, top_p or min_p; else all three are ignored
     presence: Tensor | None = None  # [num_rows] fp32; the three penalties come together
     frequency: Tensor | None = None  # [num_rows] fp32
     repetition: Tensor | None = None  # [num_rows] fp32, > 0; 1 is off
     output_counts: Tensor | None = None  # [num_count_rows, >= vocab_size] int32, generated tokens
-    rows: Tensor | None = None  # [num_rows] int64, the row of output_counts of each logits row
+    rows: Tensor | None = None  # [num_rows] int64, rows of output_counts; below 0: a padding row
     bias_ids: Tensor | None = None  # [num_rows, max_bias] int64, an id once per row; -1 is unused
     bias_values: Tensor | None = None  # [num_rows, max_bias] fp32, -inf bans
+    any_top_k: bool = True  # with any_filter: some row may use top_k; False saves 4 launches
+    any_top_p: bool = True  # with any_filter: some row may use top_p; False saves 4 launches
     num_logprobs: int = -1  # -1: no log-probabilities; else how many of the largest to report
 
 
@@ -104,10 +106,16 @@ def count_tokens(output_counts: Tensor, rows: Tensor, token_ids: Tensor) -> None
 
     Args:
         output_counts: [num_count_rows, vocab] int32.
-        rows: [num_tokens] int64; a (row, token id) pair appears once.
+        rows: [num_tokens] int64; a (row, token id) pair appears once. A row below 0 counts nothing.
         token_ids: [num_tokens] int64.
     """
-    output_counts[rows, token_ids] += 1
+    if token_ids.shape[0] == 0:
+        return
+    if use_triton(output_counts):
+        sampling_logprobs_triton.count_tokens(output_counts, rows, token_ids)
+        return
+    is_row = rows >= 0
+    output_counts[rows[is_row], token_ids[is_row]] += 1
 
 
 def _empty(logits: Tensor, batch: SamplingBatch) -> Sampled:

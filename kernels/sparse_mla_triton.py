@@ -22,15 +22,14 @@ from kernels.attention_triton import (
     MAX_PARTIAL_VALUES,
     HeadShape,
     PagedHeads,
-    attention_config,
-    combine_config,
-    combine_splits_kernel,
+    attention_facts,
+    shape_constants,
 )
 from kernels.batch import PagedBatch
+from kernels.combine_splits_triton import combine_splits
+from kernels.configs import launch_config
 from kernels.dispatch import capability_of
 
-# chosen keys per split of a decode: 8 splits of 2048, so that one decode fills a chip
-SELECTED_SPLIT = 256
 _SEQS_BLOCK = tl.constexpr(128)
 
 
@@ -46,7 +45,7 @@ def sequence_of_row(row, cu_seqlens_ptr, num_seqs):
     return seq
 
 
-@triton.jit(do_not_specialize=["first_row", "num_seqs", "max_splits"])
+@triton.jit(do_not_specialize=["first_row", "num_seqs", "max_splits", "table_stride"])
 def sparse_attention_kernel(
     q_ptr,  # [num_tokens, num_heads, MAIN_DIM]
     q_tail_ptr,  # [num_tokens, num_heads, TAIL_DIM]
@@ -159,9 +158,9 @@ def sparse_attention_kernel(
 def sparse_config(
     shape: HeadShape, dtype: torch.dtype, capability: int, is_decode: bool
 ) -> dict[str, int]:
-    """Blocks, warps and stages of a launch: those of the dense kernel, with splits of its own."""
-    config = attention_config(shape, dtype, capability, is_decode)
-    return config | {"SPLIT": SELECTED_SPLIT if is_decode else 0}
+    """Blocks, warps and stages of a launch. ``capability`` is 90 for sm_90."""
+    facts = attention_facts(shape, dtype, capability, is_decode)
+    return {"SPLIT": 0, **shape_constants(shape), **launch_config("sparse_attention", **facts)}
 
 
 def attend_selected(
@@ -199,15 +198,8 @@ def attend_selected(
         lse = torch.empty(partial_shape, dtype=torch.float32, device=out.device)
         partial = torch.empty((*partial_shape, shape.v_dim), dtype=torch.float32, device=out.device)
         _launch(heads, batch, scale, selected, config, partial, lse, rows, num_splits)
-        combine_splits_kernel[(len(rows) * shape.group_size,)](
-            partial,
-            lse,
-            out[first : rows.stop],
-            attended_lens[first : rows.stop],
-            shape.group_size,
-            num_splits,
-            **(combine_config(config) | {"KEEP_EMPTY": True}),
-        )
+        lens = attended_lens[first : rows.stop]
+        combine_splits(partial, lse, out[first : rows.stop], lens, config, keep_empty=True)
 
 
 def _launch(

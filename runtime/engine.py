@@ -18,7 +18,7 @@ import torch
 from runtime.admission import admit
 from runtime.engine_config import EngineConfig, EngineInfo, resolve_pages
 from runtime.errors import ConfigError
-from runtime.models.layers import Fp8Format
+from runtime.models.layers import Fp8Format, Placement
 from runtime.request import FinishReason, SamplingParams, TokenEvent, TokenLogprobs
 from runtime.runner import ModelRunner
 from runtime.scheduler import Plan, SampledToken, Scheduler
@@ -102,9 +102,8 @@ class Engine:
         config.resolve_model_len(checkpoint.config.max_position_embeddings)
         dtype = config.resolve_dtype(device, checkpoint.dtype, checkpoint.num_parameters)
         fp8 = config.resolve_fp8(device, checkpoint.fp8)
-        model = build_model(
-            checkpoint, device=device, dtype=dtype, max_model_len=config.max_model_len, fp8=fp8
-        )
+        placement = Placement(device, dtype, fp8, config.batch_invariant)
+        model = build_model(checkpoint, placement, config.max_model_len)
         num_weight_bytes = weight_bytes(model)
         bytes_per_token = cache_bytes_per_token(model, dtype)
         num_pages, max_model_len, max_num_seqs = resolve_pages(

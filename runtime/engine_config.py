@@ -44,6 +44,7 @@ class EngineConfig:
     page_size: int = DEFAULT_PAGE_SIZE  # tokens in a page of the KV cache
     kv_cache_memory: int | None = None  # bytes
     cuda_graphs: str = "lazy"  # of decode steps: lazy: when first needed | start | off
+    batch_invariant: bool = False  # on a GPU: no token's bits follow the size of its batch
     run_ahead: int | None = None  # steps launched before the oldest is read; None: 1 on a GPU
     num_threads: int | None = None  # CPU threads of the engine process
 

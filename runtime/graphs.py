@@ -63,14 +63,16 @@ class CudaQueue:
         self._pool = torch.cuda.graph_pool_handle()
 
     def record(self, step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            step()  # kernels must be compiled and loaded before a capture
-        torch.cuda.current_stream().wait_stream(side)
+        # `torch.cuda.graph` would also collect garbage, a quarter of a second each time
+        torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(stream):
+            step()  # kernels must be compiled and loaded before a capture
+            torch.cuda.synchronize()
+            graph.capture_begin(pool=self._pool)
             output = step()
+            graph.capture_end()
         return graph.replay, output
 
     def mark(self) -> Callable[[], None]:
@@ -117,7 +119,12 @@ class DecodeGraphs:
 
     def plain_keys(self) -> list[GraphKey]:
         """Every graph that ends with drawn tokens, the largest first: the others fit its memory."""
-        kinds = [SamplingKind(True, False), SamplingKind(False, False), SamplingKind(False, True)]
+        kinds = [
+            SamplingKind(all_greedy=True, any_filter=False, any_top_k=False),
+            SamplingKind(all_greedy=False, any_filter=False, any_top_k=False),
+            SamplingKind(all_greedy=False, any_filter=True, any_top_k=False),
+            SamplingKind(all_greedy=False, any_filter=True, any_top_k=True),
+        ]
         return [
             GraphKey(size, limit, kind)
             for size in reversed(self.batch_sizes)

@@ -41,7 +41,7 @@ from runtime.models.deepseek_v4_layout import (
     window_values,
 )
 from runtime.models.experts import ExpertsConfig
-from runtime.models.layers import Fp8Format, Targets
+from runtime.models.layers import Fp8Format, Placement, Targets
 from runtime.shards import INDEX_NAME, read_headers
 from runtime.weights import find_checkpoint, inspect_checkpoint, is_hub_id
 
@@ -192,8 +192,7 @@ def _describe_family(
         config = replace(config, experts=replace(experts, num_experts=1))
 
     def build(fp8: Fp8Format | None) -> CausalLM:
-        meta = torch.device("meta")
-        return family.build(config, device=meta, dtype=torch.bfloat16, max_model_len=1, fp8=fp8)
+        return family.build(config, Placement(torch.device("meta"), torch.bfloat16, fp8), 1)
 
     def num_copies(name: str) -> int:
         return experts.num_experts if experts and PER_EXPERT.search(name) else 1

@@ -22,10 +22,14 @@ from runtime.staging import Array
 
 @dataclass(frozen=True, slots=True)
 class SamplingKind:
-    """What the host knows of a step's sampling; it picks kernels, and the graph to replay."""
+    """What the host knows of a step's sampling; it picks kernels, and the graph to replay.
+
+    ``any_filter`` covers top-k, top-p and min-p; ``any_top_k`` is set with it where it may be one.
+    """
 
     all_greedy: bool
     any_filter: bool
+    any_top_k: bool
     has_penalties: bool = False
     has_bias: bool = False
     num_logprobs: int = -1
@@ -51,6 +55,7 @@ class SamplerRows:
         self.frequency = np.zeros(num_rows, np.float32)
         self.repetition = np.ones(num_rows, np.float32)
         self.seeds = np.zeros(num_rows, np.int64)
+        self.is_cut = np.zeros(num_rows, np.bool_)  # by top-k
         self.is_filtered = np.zeros(num_rows, np.bool_)
         self.is_penalized = np.zeros(num_rows, np.bool_)
         self.is_biased = np.zeros(num_rows, np.bool_)
@@ -68,6 +73,7 @@ class SamplerRows:
         self.frequency[row] = params.frequency_penalty
         self.repetition[row] = params.repetition_penalty
         self.seeds[row] = seq.seed
+        self.is_cut[row] = params.temperature > 0 and params.top_k > 0
         self.is_filtered[row] = params.temperature > 0 and (
             params.top_k > 0 or params.top_p < 1 or params.min_p > 0
         )
@@ -88,6 +94,7 @@ class SamplerRows:
         return SamplingKind(
             all_greedy=not bool((self.temperature[rows] > 0).any()),
             any_filter=bool(self.is_filtered[rows].any()),
+            any_top_k=bool(self.is_cut[rows].any()),
             has_penalties=bool(self.is_penalized[rows].any()),
             has_bias=bool(self.is_biased[rows].any()),
             num_logprobs=int(self.num_logprobs[rows].max()),
@@ -144,6 +151,7 @@ class SamplerRows:
             vocab_size=self.vocab_size,
             all_greedy=kind.all_greedy,
             any_filter=kind.any_filter,
+            any_top_k=kind.any_top_k,
             presence=inputs["presence"] if kind.has_penalties else None,
             frequency=inputs["frequency"] if kind.has_penalties else None,
             repetition=inputs["repetition"] if kind.has_penalties else None,

@@ -11,7 +11,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -32,7 +32,7 @@ from runtime.errors import CheckpointError
 from runtime.fill import FP8, STORED_DTYPES, fill_from_file, least_read, open_file
 from runtime.hub_files import cached_snapshot, missing_files
 from runtime.models import FAMILIES, CausalLM, Family, ModelConfig
-from runtime.models.layers import SCALE_SUFFIX, Fp8Format
+from runtime.models.layers import SCALE_SUFFIX, Fp8Format, Placement
 from runtime.shards import StoredTensor, read_headers, some_names
 
 Progress = Callable[[int, int], None]
@@ -136,13 +136,9 @@ def inspect_checkpoint(folder: Path, *, ignore_attn_factor: bool = False) -> Che
     stored = read_headers(folder)
     config = family.parse_config(fields, stored.keys())
     _check_num_layers(fields, config, len(stored))
-    model = family.build(
-        config,
-        device=torch.device("meta"),
-        dtype=torch.float32,
-        max_model_len=1,
-        fp8=None if fp8 is None else Fp8Format(),
-    )
+    meta = torch.device("meta")
+    placement = Placement(meta, torch.float32, None if fp8 is None else Fp8Format())
+    model = family.build(config, placement, 1)
     targets = model.weight_targets()
     tensors = _check_tensors(folder, stored, targets, model.ignores, fp8)
     generation = GenerationDefaults.load(folder, config.vocab_size)
@@ -253,35 +249,27 @@ def _check_scales(name: str, tensor: StoredTensor, shape: tuple[int, ...]) -> No
 
 
 def build_model(
-    checkpoint: Checkpoint,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    max_model_len: int | None = None,
-    fp8: Fp8Format | None = None,
+    checkpoint: Checkpoint, placement: Placement, max_model_len: int | None = None
 ) -> CausalLM:
-    """The checkpoint's model with uninitialised parameters on ``device``.
+    """The checkpoint's model with uninitialised parameters.
 
     ``max_model_len`` None, or above what the model was made for, means the model's own limit.
-    With ``fp8`` matrices are kept in FP8, else in ``dtype``, however the checkpoint stores them.
+    Matrices are kept as ``placement`` says, however the checkpoint stores them.
     Raises `CheckpointError` if the device has no room for the parameters.
     """
     limit = checkpoint.config.max_position_embeddings
     num_positions = limit if max_model_len is None else min(max_model_len, limit)
 
-    def build(device: torch.device) -> CausalLM:
-        return checkpoint.family.build(
-            checkpoint.config, device=device, dtype=dtype, max_model_len=num_positions, fp8=fp8
-        )
-
     try:
-        return build(device)
+        return checkpoint.family.build(checkpoint.config, placement, num_positions)
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
-        num_bytes = weight_bytes(build(torch.device("meta")))
+        meta = replace(placement, device=torch.device("meta"))
+        num_bytes = weight_bytes(checkpoint.family.build(checkpoint.config, meta, num_positions))
         raise CheckpointError(
-            f"{checkpoint.folder}: {num_bytes / 1e9:.1f} GB of weights do not fit on {device}"
+            f"{checkpoint.folder}: {num_bytes / 1e9:.1f} GB of weights do not fit on "
+            f"{placement.device}"
         ) from None
 
 

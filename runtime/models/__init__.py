@@ -66,7 +66,7 @@ class Family:
     """How to read a config.json, given the names of the tensors beside it, and what to build."""
 
     parse_config: Callable[[Fields, Container[str]], ModelConfig]
-    build: Callable[..., CausalLM]  # (config, *, device, dtype, max_model_len, fp8=None)
+    build: Callable[..., CausalLM]  # (config, placement, max_model_len)
 
 
 FAMILIES: dict[str, Family] = {

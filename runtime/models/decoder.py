@@ -15,9 +15,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding
 
 from kernels.batch import PagedBatch
+from kernels.embedding import embedding
 from kernels.linear import linear
 from runtime.config import MAX_POSITION, MAX_WIDTH, Fields, RopeConfig, parse_rope
 from runtime.models.layers import Placement, RMSNorm, Targets, rope_table
@@ -137,6 +137,7 @@ class Decoder:
         if not config.tie_word_embeddings:
             self.lm_head = placement.empty(config.vocab_size, config.hidden_size)
         self.cos_sin = torch.empty(0, device=placement.device)
+        self._batch_invariant = placement.batch_invariant
 
     def weight_targets(self) -> Targets:
         targets = {
@@ -174,4 +175,6 @@ class Decoder:
         return normed
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return linear(hidden, self.lm_head).float()  # [num_rows, vocab]
+        return linear(
+            hidden, self.lm_head, out_dtype=torch.float32, batch_invariant=self._batch_invariant
+        )  # [num_rows, vocab]

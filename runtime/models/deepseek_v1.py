@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Container
 from dataclasses import dataclass
 
-import torch
-
 from runtime.config import Fields
 from runtime.models.decoder import (
     MLP,
@@ -25,7 +23,7 @@ from runtime.models.experts import (
     parse_experts,
 )
 from runtime.models.grouped_query import GroupedQueryAttention, HeadsConfig, parse_heads
-from runtime.models.layers import Fp8Format, Placement
+from runtime.models.layers import Placement
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,15 +47,9 @@ def parse_deepseek_v1(fields: Fields, tensor_names: Container[str]) -> DeepseekV
 
 
 def build_deepseek_v1(
-    config: DeepseekV1Config,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    max_model_len: int,
-    fp8: Fp8Format | None = None,
+    config: DeepseekV1Config, placement: Placement, max_model_len: int
 ) -> Decoder:
     """DeepSeekMoE, parameters uninitialised."""
-    placement = Placement(device, dtype, fp8)
     experts, hidden_size = config.experts, config.hidden_size
 
     def mlp(layer_id: int) -> MLP:

@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Container
 from dataclasses import dataclass
 
-import torch
-
 from runtime.config import Fields
 from runtime.models.decoder import (
     MLP,
@@ -31,7 +29,7 @@ from runtime.models.latent import (
     LatentConfig,
     parse_latent,
 )
-from runtime.models.layers import Fp8Format, Placement
+from runtime.models.layers import Placement
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,15 +51,9 @@ def parse_deepseek_v2(fields: Fields, tensor_names: Container[str]) -> DeepseekV
 
 
 def build_deepseek_v2(
-    config: DeepseekV2Config,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    max_model_len: int,
-    fp8: Fp8Format | None = None,
+    config: DeepseekV2Config, placement: Placement, max_model_len: int
 ) -> Decoder:
     """V2 and V2-Lite, parameters uninitialised."""
-    placement = Placement(device, dtype, fp8)
     latent, experts, hidden_size = config.latent, config.experts, config.hidden_size
 
     def attention() -> Attention:

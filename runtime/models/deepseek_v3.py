@@ -6,8 +6,6 @@ from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from runtime.config import Fields
 from runtime.models.decoder import (
     Attention,
@@ -23,7 +21,7 @@ from runtime.models.experts import (
     parse_experts,
 )
 from runtime.models.latent import LatentAttention, LatentConfig, parse_latent
-from runtime.models.layers import Fp8Format, Placement
+from runtime.models.layers import Placement
 from runtime.models.mtp import MTPLayer, MTPLayers, parse_mtp
 
 
@@ -62,15 +60,9 @@ def parse_v3_fields(fields: Fields, tensor_names: Container[str]) -> dict[str, A
 
 
 def build_deepseek_v3(
-    config: DeepseekV3Config,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    max_model_len: int,
-    fp8: Fp8Format | None = None,
+    config: DeepseekV3Config, placement: Placement, max_model_len: int
 ) -> Decoder:
     """V3 with its MTP layers, parameters uninitialised."""
-    placement = Placement(device, dtype, fp8)
 
     def attention() -> Attention:
         return LatentAttention(

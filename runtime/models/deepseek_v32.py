@@ -23,7 +23,7 @@ from runtime.config import MAX_POSITION, Fields
 from runtime.models.decoder import CacheSpec, Decoder
 from runtime.models.deepseek_v3 import DeepseekV3Config, parse_v3_fields, v3_decoder
 from runtime.models.latent import LatentHeads, QueryLatent
-from runtime.models.layers import Fp8Format, Linear, Placement, Targets
+from runtime.models.layers import Linear, Placement, Targets
 
 INDEX_NORM_EPS = 1e-6  # of the indexer's LayerNorm, which config.json does not name
 
@@ -134,15 +134,9 @@ class SparseLatentAttention:
 
 
 def build_deepseek_v32(
-    config: DeepseekV32Config,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    max_model_len: int,
-    fp8: Fp8Format | None = None,
+    config: DeepseekV32Config, placement: Placement, max_model_len: int
 ) -> Decoder:
     """V3.2 with its MTP layers, parameters uninitialised."""
-    placement = Placement(device, dtype, fp8)
     return v3_decoder(
         config, lambda: SparseLatentAttention(config, placement), placement, max_model_len
     )

@@ -78,11 +78,12 @@ class SoftmaxRouter:
     def __init__(self, config: ExpertsConfig, hidden_size: int, placement: Placement) -> None:
         self.config = config
         self.gate = placement.empty(config.num_experts, hidden_size, dtype=torch.float32)
+        self.batch_invariant = placement.batch_invariant
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         config = self.config
         return route_softmax(
-            linear(x.float(), self.gate),  # [num_tokens, num_experts]
+            linear(x, self.gate, batch_invariant=self.batch_invariant),  # [num_tokens, num_experts]
             config.num_experts_per_token,
             config.num_groups,
             config.num_top_groups,
@@ -100,11 +101,12 @@ class SigmoidRouter:
         self.config = config
         self.gate = placement.empty(config.num_experts, hidden_size, dtype=torch.float32)
         self.correction_bias = placement.empty(config.num_experts, dtype=torch.float32)
+        self.batch_invariant = placement.batch_invariant
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         config = self.config
         return route_noaux_tc(
-            linear(x.float(), self.gate),  # [num_tokens, num_experts]
+            linear(x, self.gate, batch_invariant=self.batch_invariant),  # [num_tokens, num_experts]
             self.correction_bias,
             config.num_experts_per_token,
             config.num_groups,
@@ -133,11 +135,19 @@ class MoE:
         self.gate_up = placement.matrix([size, size], hidden_size, config.num_experts)
         self.down = placement.matrix([hidden_size], size, config.num_experts)
         self.shared_experts = GatedMLP(hidden_size, config.num_shared_experts * size, placement)
+        self.batch_invariant = placement.batch_invariant
 
     def __call__(self, x: Tensor) -> Tensor:
         expert_ids, expert_weights = self.router(x)
-        routed = moe_experts(x, expert_ids, expert_weights, self.gate_up, self.down)
-        return routed + self.shared_experts(x)
+        return moe_experts(
+            x,
+            expert_ids,
+            expert_weights,
+            self.gate_up,
+            self.down,
+            self.shared_experts(x),
+            batch_invariant=self.batch_invariant,
+        )
 
     def targets(self, prefix: str) -> Targets:
         targets = {

@@ -74,6 +74,7 @@ class LatentHeads:
         self, config: LatentConfig, hidden_size: int, rope: RopeConfig, placement: Placement
     ) -> None:
         self.config = config
+        self.batch_invariant = placement.batch_invariant
         self.scale = config.qk_head_dim**-0.5
         if rope.mscale_all_dim:
             self.scale *= yarn_mscale(rope.factor, rope.mscale_all_dim) ** 2
@@ -99,8 +100,17 @@ class LatentHeads:
         """
         sizes = [self.config.qk_nope_head_dim, self.config.qk_rope_head_dim]
         q_nope, q_pe = q.view(-1, self.config.num_heads, sum(sizes)).split_with_sizes(sizes, dim=-1)
-        kv_latent = self.kv_a_layernorm(kv_latent)  # [num_tokens, r]; k_pe is not normed
-        q_pe = rope_and_write_latent(q_pe, kv_latent, k_pe, cos_sin, batch, cache["latent"])
+        norm = self.kv_a_layernorm  # of the latent; k_pe is not normed
+        q_pe = rope_and_write_latent(
+            q_pe,
+            kv_latent,  # [num_tokens, r], raw
+            k_pe,
+            cos_sin,
+            batch,
+            cache["latent"],
+            latent_norm=norm.weight,
+            eps=norm.eps,
+        )
         return q_nope, q_pe
 
     def attend(
@@ -114,10 +124,11 @@ class LatentHeads:
         """[num_tokens, hidden]; with ``selected`` [num_tokens, top_k] only to those positions."""
         kv_b = self.kv_b.view(self.config.num_heads, -1, self.config.kv_lora_rank)  # [H, nope+v, r]
         latents = cache["latent"]
+        attention = (q_nope, q_pe, latents, kv_b, batch, self.scale)
         if selected is None:
-            out = mla_attention(q_nope, q_pe, latents, kv_b, batch, self.scale)
+            out = mla_attention(*attention, batch_invariant=self.batch_invariant)
         else:
-            out = sparse_mla_attention(q_nope, q_pe, latents, kv_b, batch, self.scale, selected)
+            out = sparse_mla_attention(*attention, selected, batch_invariant=self.batch_invariant)
         return self.o_proj(out.flatten(1))  # [num_tokens, H, v] -> [num_tokens, hidden]
 
     def targets(self, prefix: str) -> Targets:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kernels.activation import silu_and_mul
-from kernels.linear import linear
+from kernels.linear import linear, linear_silu_and_mul
 from kernels.norm import add_rms_norm, rms_norm
 from kernels.quant import BLOCK, ActivationScale, Fp8Weight, fp8_linear, num_blocks
 from kernels.rope import (
@@ -41,11 +41,16 @@ class Fp8Format:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where parameters live, in which dtype, and whether matrices are kept in FP8 instead."""
+    """Where parameters live, in which dtype, and how products with them are to be computed.
+
+    With ``fp8`` matrices are kept in FP8 instead. With ``batch_invariant`` a token's bits do not
+    follow the number of tokens in a step; on a CPU they never do.
+    """
 
     device: torch.device
     dtype: torch.dtype
     fp8: Fp8Format | None = None
+    batch_invariant: bool = False
 
     @property
     def unquantized(self) -> Placement:
@@ -104,11 +109,19 @@ class Linear:
         sizes = list(self.parts.values())
         self.weight = placement.matrix(sizes, in_features)
         self.bias = placement.empty(sum(sizes)) if bias else None
+        self.batch_invariant = placement.batch_invariant
 
     def __call__(self, x: Tensor) -> Tensor:
+        """[num_tokens, in_features] to [num_tokens, out_features]."""
         if isinstance(self.weight, Fp8Weight):
-            return fp8_linear(x, self.weight, self.bias)
-        return linear(x, self.weight, self.bias)  # [num_tokens, out_features]
+            return fp8_linear(x, self.weight, self.bias, batch_invariant=self.batch_invariant)
+        return linear(x, self.weight, self.bias, batch_invariant=self.batch_invariant)
+
+    def silu_and_mul(self, x: Tensor) -> Tensor:
+        """silu(gate) · up, where the outputs are gate | up."""
+        if isinstance(self.weight, Fp8Weight):
+            return silu_and_mul(self(x))
+        return linear_silu_and_mul(x, self.weight, self.bias, batch_invariant=self.batch_invariant)
 
     def targets(self, prefix: str) -> Targets:
         sizes = list(self.parts.values())
@@ -146,7 +159,7 @@ class GatedMLP:
         self.down_proj = Linear(intermediate_size, {"down_proj": hidden_size}, placement, bias=bias)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.down_proj(silu_and_mul(self.gate_up_proj(x)))
+        return self.down_proj(self.gate_up_proj.silu_and_mul(x))
 
     def targets(self, prefix: str) -> Targets:
         return self.gate_up_proj.targets(prefix) | self.down_proj.targets(prefix)

@@ -9,12 +9,10 @@ from __future__ import annotations
 from collections.abc import Container
 from dataclasses import dataclass
 
-import torch
-
 from runtime.config import MAX_WIDTH, Fields
 from runtime.models.decoder import Decoder, DecoderConfig, DecoderLayer, parse_decoder
 from runtime.models.grouped_query import GroupedQueryAttention, HeadsConfig, parse_heads
-from runtime.models.layers import Fp8Format, GatedMLP, Placement
+from runtime.models.layers import GatedMLP, Placement
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,16 +49,8 @@ def _parse(fields: Fields, *, qkv_bias: bool, output_bias: bool) -> LlamaConfig:
     )
 
 
-def build_llama(
-    config: LlamaConfig,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    max_model_len: int,
-    fp8: Fp8Format | None = None,
-) -> Decoder:
+def build_llama(config: LlamaConfig, placement: Placement, max_model_len: int) -> Decoder:
     """Llama and Qwen2, parameters uninitialised."""
-    placement = Placement(device, dtype, fp8)
 
     def layer() -> DecoderLayer:
         attention = GroupedQueryAttention(

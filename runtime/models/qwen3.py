@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Container
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from kernels.attention import paged_attention
@@ -17,7 +16,7 @@ from kernels.cache import rope_and_write_kv
 from runtime.config import MAX_WIDTH, Fields
 from runtime.models.decoder import CacheSpec, Decoder, DecoderConfig, DecoderLayer, parse_decoder
 from runtime.models.grouped_query import HeadsConfig, kv_cache_spec, parse_heads, split_heads
-from runtime.models.layers import Fp8Format, GatedMLP, Linear, Placement, RMSNorm, Targets
+from runtime.models.layers import GatedMLP, Linear, Placement, RMSNorm, Targets
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,9 +54,18 @@ class Qwen3Attention:
         self, x: Tensor, cos_sin: Tensor, batch: PagedBatch, cache: dict[str, Tensor]
     ) -> Tensor:
         q, k, v = split_heads(self.qkv_proj(x), self.heads)  # [num_tokens, heads, head_dim] each
-        q = self.q_norm(q.reshape(-1, self.heads.head_dim)).view(q.shape)
-        k = self.k_norm(k.reshape(-1, self.heads.head_dim)).view(k.shape)
-        q = rope_and_write_kv(q, k, v, cos_sin, batch, cache["k"], cache["v"])
+        q = rope_and_write_kv(
+            q,
+            k,
+            v,
+            cos_sin,
+            batch,
+            cache["k"],
+            cache["v"],
+            q_norm=self.q_norm.weight,
+            k_norm=self.k_norm.weight,
+            eps=self.q_norm.eps,
+        )
         out = paged_attention(q, cache["k"], cache["v"], batch, self.scale)
         return self.o_proj(out.flatten(1))  # [num_tokens, hidden]
 
@@ -73,16 +81,8 @@ class Qwen3Attention:
         return kv_cache_spec(self.heads)
 
 
-def build_qwen3(
-    config: Qwen3Config,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    max_model_len: int,
-    fp8: Fp8Format | None = None,
-) -> Decoder:
+def build_qwen3(config: Qwen3Config, placement: Placement, max_model_len: int) -> Decoder:
     """Qwen3, parameters uninitialised."""
-    placement = Placement(device, dtype, fp8)
     layers = [
         DecoderLayer(
             config,

@@ -42,7 +42,7 @@ def check_tensor_cores(variants: Iterable[KernelVariant], capability: int) -> No
 
 def operand_dtypes(variant: KernelVariant) -> set[object]:
     """Of the pointers that a product reads."""
-    names = ("q_ptr", "k_ptr", "rows_ptr", "weights_ptr", "index_cache_ptr")
+    names = ("q_ptr", "k_ptr", "rows_ptr", "weights_ptr", "weight_ptr", "index_cache_ptr")
     skipped = "weights_ptr" if "index_cache_ptr" in variant.arguments else None
     return {variant.arguments.get(name) for name in names if name != skipped}
 
@@ -52,7 +52,9 @@ def main() -> None:
         test_compile,
         test_compile_fp8,
         test_compile_indexer,
+        test_compile_linear,
         test_compile_mlp_sampling,
+        test_compile_moe,
     )
 
     fits = True
@@ -61,7 +63,9 @@ def main() -> None:
             *test_compile.every(capability),
             *test_compile_fp8.every(capability),
             *test_compile_indexer.every(capability),
+            *test_compile_linear.every(capability),
             *test_compile_mlp_sampling.VARIANTS,
+            *test_compile_moe.every(capability),
         ]
         print(f"sm_{capability}: {SHARED_MEMORY[capability]:,} bytes of shared memory")
         print(f"{'variant':<44}{'registers':>10}{'spilled':>9}{'shared':>9}  matrix instructions")

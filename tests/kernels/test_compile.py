@@ -8,8 +8,6 @@ import torch
 from kernels.attention_triton import (
     HeadShape,
     attention_config,
-    combine_config,
-    combine_splits_kernel,
     head_shape,
     paged_attention_kernel,
 )
@@ -19,7 +17,9 @@ from kernels.cache import (
     rope_and_write_kv_kernel,
     rope_and_write_latent_kernel,
 )
+from kernels.combine_splits_triton import combine_config, combine_splits_kernel
 from kernels.compile import SHARED_MEMORY, KernelVariant, compile_variant
+from kernels.embedding import embedding_config, embedding_kernel
 from kernels.mla import latent_shape
 from tests.kernels.compiled import check, check_tensor_cores
 from tests.kernels.passes import INTERPRETED
@@ -62,32 +62,50 @@ def attention_variants(
                 **{"partial_ptr": FP32, "lse_ptr": FP32, "out_ptr": dtype},
                 **{"context_lens_ptr": I32, "num_heads": 28, "max_splits": 4},
             }
-            launch = combine_config(config)
+            launch = combine_config(config, capability, keep_empty=False)
             variants.append(
                 KernelVariant(f"combine_{name}", combine_splits_kernel, arguments, launch)
             )
     return variants
 
 
-def kv_variant(name: str, dim: int, dtype: torch.dtype) -> KernelVariant:
+def kv_variant(
+    name: str, dim: int, dtype: torch.dtype, capability: int, is_normed: bool
+) -> KernelVariant:
+    norm = dtype if is_normed else None
     arguments = {
         **{"q_ptr": dtype, "k_ptr": dtype, "v_ptr": dtype, "cos_sin_ptr": FP32},
+        **{"q_norm_ptr": norm, "k_norm_ptr": norm, "eps": 1e-6},
         **{"positions_ptr": I64, "slots_ptr": I64, "q_out_ptr": dtype},
         **{"k_cache_ptr": dtype, "v_cache_ptr": dtype, "num_heads": 28, "num_kv_heads": 4},
         **{"q_stride": 36 * dim, "k_stride": 36 * dim, "v_stride": 36 * dim},
     }
-    return KernelVariant(f"write_{name}", rope_and_write_kv_kernel, arguments, kv_config(dim, dim))
+    config = kv_config(dim, dim, capability)
+    return KernelVariant(f"write_{name}", rope_and_write_kv_kernel, arguments, config)
 
 
-def latent_variant(name: str, dim: int, rank: int, dtype: torch.dtype) -> KernelVariant:
+def latent_variant(
+    name: str, dim: int, rank: int, dtype: torch.dtype, capability: int
+) -> KernelVariant:
     arguments = {
         **{"q_pe_ptr": dtype, "latent_ptr": dtype, "k_pe_ptr": dtype, "cos_sin_ptr": FP32},
+        **{"latent_norm_ptr": dtype, "eps": 1e-6},
         **{"positions_ptr": I64, "slots_ptr": I64, "q_out_ptr": dtype, "latent_cache_ptr": dtype},
         **{"q_stride": 48 * dim, "q_head_stride": 3 * dim, "num_heads": 16},
-        **{"latent_stride": rank, "k_pe_stride": rank + dim},
+        **{"latent_stride": rank + dim, "k_pe_stride": rank + dim},
     }
-    config = latent_config(dim, rank)
+    config = latent_config(dim, rank, capability)
     return KernelVariant(f"write_{name}", rope_and_write_latent_kernel, arguments, config)
+
+
+def embedding_variant(
+    name: str, hidden_size: int, dtype: torch.dtype, capability: int
+) -> KernelVariant:
+    arguments = {
+        **{"token_ids_ptr": I64, "weight_ptr": dtype, "out_ptr": dtype, "hidden_size": hidden_size}
+    }
+    config = embedding_config(hidden_size, capability)
+    return KernelVariant(f"embedding_{name}", embedding_kernel, arguments, config)
 
 
 DECODE, SPLIT, CHUNK = ("decode",), ("split",), ("chunk",)
@@ -122,12 +140,23 @@ ALL: list[Launch] = [
     ("tiny_fp32", latent_shape(4, 64, 16), FP32, DECODE),
     ("tiny_expanded", head_shape(1, 48, 32), BF16, CHUNK),
 ]
-CACHE = [
-    kv_variant("kv_128", 128, BF16),
-    kv_variant("kv_64_fp32", 64, FP32),
-    latent_variant("latent_512", 64, 512, BF16),
-    latent_variant("latent_tiny_fp32", 16, 64, FP32),
-]
+
+
+def small_variants(capability: int) -> list[KernelVariant]:
+    """What surrounds an attention."""
+    return [
+        kv_variant("kv_128", 128, BF16, capability, is_normed=False),
+        kv_variant("normed_kv_128", 128, BF16, capability, is_normed=True),
+        kv_variant("normed_kv_80", 80, torch.float16, capability, is_normed=True),
+        kv_variant("kv_64_fp32", 64, FP32, capability, is_normed=False),
+        kv_variant("normed_kv_128_fp32", 128, FP32, capability, is_normed=True),
+        latent_variant("latent_512", 64, 512, BF16, capability),
+        latent_variant("latent_512_fp32", 64, 512, FP32, capability),
+        latent_variant("latent_tiny_fp32", 16, 64, FP32, capability),
+        embedding_variant("4096", 4096, BF16, capability),
+        embedding_variant("7168", 7168, BF16, capability),
+        embedding_variant("tiny_fp32", 192, FP32, capability),
+    ]
 
 
 def variants_of(launches: list[Launch], capability: int) -> list[KernelVariant]:
@@ -136,7 +165,7 @@ def variants_of(launches: list[Launch], capability: int) -> list[KernelVariant]:
         for name, shape, dtype, kinds in launches
         for variant in attention_variants(name, shape, dtype, capability, kinds)
     ]
-    return attention + CACHE
+    return attention + small_variants(capability)
 
 
 def every(capability: int) -> list[KernelVariant]:
@@ -175,7 +204,7 @@ def test_a_kernel_that_needs_too_much_is_found() -> None:
 
 @pytest.mark.skipif(INTERPRETED, reason="interpreted kernels do not compile")
 def test_a_variant_names_every_parameter() -> None:
-    fine = kv_variant("kv", 128, BF16)
+    fine = kv_variant("kv", 128, BF16, 90, is_normed=True)
     arguments = {key: value for key, value in fine.arguments.items() if key != "k_stride"}
     with pytest.raises(ValueError, match="k_stride"):
         compile_variant(KernelVariant("short", fine.kernel, arguments, fine.config), 90)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.attention_triton import HeadShape, combine_config, combine_splits_kernel
+from kernels.attention_triton import HeadShape
+from kernels.combine_splits_triton import combine_config, combine_splits_kernel
 from kernels.compile import SHARED_MEMORY, KernelVariant
 from kernels.indexer_triton import (
-    SELECT_CONFIG,
     index_config,
     index_scores_kernel,
     norm_rope_and_write_index_kernel,
     scores_config,
+    select_config,
     select_top_k_kernel,
 )
 from kernels.mla import latent_shape
@@ -25,14 +26,14 @@ PAGE_SIZE = 16
 
 
 def write_variant(
-    name: str, num_heads: int, dim: int, rope_dim: int, dtype: torch.dtype
+    name: str, num_heads: int, dim: int, rope_dim: int, dtype: torch.dtype, capability: int
 ) -> KernelVariant:
     arguments = {
         **{"q_ptr": dtype, "k_ptr": dtype, "norm_weight_ptr": FP32, "norm_bias_ptr": FP32},
         **{"cos_sin_ptr": FP32, "positions_ptr": I64, "slots_ptr": I64, "q_out_ptr": dtype},
         **{"index_cache_ptr": dtype, "k_stride": dim, "num_heads": num_heads, "eps": 1e-6},
     }
-    config = index_config(dim, rope_dim)
+    config = index_config(dim, rope_dim, capability)
     return KernelVariant(f"write_{name}", norm_rope_and_write_index_kernel, arguments, config)
 
 
@@ -49,12 +50,13 @@ def scores_variant(
     return KernelVariant(f"scores_{name}", index_scores_kernel, arguments, config)
 
 
-def select_variant(name: str, top_k: int) -> KernelVariant:
+def select_variant(name: str, top_k: int, capability: int) -> KernelVariant:
     arguments = {
         **{"scores_ptr": FP32, "positions_ptr": I64, "selected_ptr": I32},
         **{"first_row": 0, "scores_stride": 4096, "top_k": top_k},
     }
-    return KernelVariant(f"select_{name}", select_top_k_kernel, arguments, SELECT_CONFIG)
+    config = select_config(top_k, capability)
+    return KernelVariant(f"select_{name}", select_top_k_kernel, arguments, config)
 
 
 def sparse_variants(
@@ -82,7 +84,7 @@ def sparse_variants(
                 **{"partial_ptr": FP32, "lse_ptr": FP32, "out_ptr": dtype},
                 **{"context_lens_ptr": I32, "num_heads": shape.group_size, "max_splits": 8},
             }
-            launch = combine_config(config) | {"KEEP_EMPTY": True}
+            launch = combine_config(config, capability, keep_empty=True)
             variants.append(
                 KernelVariant(f"combine_{name}", combine_splits_kernel, arguments, launch)
             )
@@ -96,9 +98,9 @@ TINY = latent_shape(4, 64, 16)
 def tight(capability: int) -> list[KernelVariant]:
     """All that V3.2 launches in bf16."""
     return [
-        write_variant("v32", 64, 128, 64, BF16),
+        write_variant("v32", 64, 128, 64, BF16, capability),
         scores_variant("v32", 64, 128, 2048, BF16, capability),
-        select_variant("v32", 2048),
+        select_variant("v32", 2048, capability),
         *sparse_variants("v32", V32, 2048, BF16, capability),
     ]
 
@@ -106,8 +108,8 @@ def tight(capability: int) -> list[KernelVariant]:
 def every(capability: int) -> list[KernelVariant]:
     return [
         *tight(capability),
-        write_variant("tiny_fp32", 16, 12, 8, FP32),
-        write_variant("whole_rope", 3, 40, 40, BF16),
+        write_variant("tiny_fp32", 16, 12, 8, FP32, capability),
+        write_variant("whole_rope", 3, 40, 40, BF16, capability),
         scores_variant("tiny_fp32", 16, 12, 24, FP32, capability),
         scores_variant("tiny", 16, 12, 24, BF16, capability),
         scores_variant("v32_fp16", 64, 128, 2048, torch.float16, capability),
@@ -115,7 +117,7 @@ def every(capability: int) -> list[KernelVariant]:
         scores_variant("many_heads", 80, 128, 2048, BF16, capability),
         scores_variant("widest", 16, 512, 2048, BF16, capability),
         scores_variant("widest_fp32", 16, 512, 2048, FP32, capability),
-        select_variant("tiny", 24),
+        select_variant("tiny", 24, capability),
         *sparse_variants("tiny_fp32", TINY, 24, FP32, capability),
         *sparse_variants("tiny", TINY, 24, BF16, capability),
         *sparse_variants("v32_fp32", V32, 2048, FP32, capability),

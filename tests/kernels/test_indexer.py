@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kernels import indexer, indexer_triton
+from kernels.configs import launch_config
 from kernels.indexer import norm_rope_and_write_index, select_keys
 from kernels.rope import default_inv_freq, rotary_table
 from tests.kernels.paged import Pages, make_pages, select
@@ -192,8 +193,12 @@ def test_a_step_cut_into_slices_is_the_same(device: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(indexer, "MAX_SCORES", 4 * 64 * 3)  # three tokens at a time
     monkeypatch.setattr(indexer_triton, "MAX_SCORES", 5 * max(c for _, c in lengths))
     # a score block is 128 keys or fewer; what is ranked crosses many blocks
-    monkeypatch.setattr(indexer_triton, "KEYS_PER_PROGRAM", 32)
-    monkeypatch.setattr(indexer_triton, "SELECT_CONFIG", {"BLOCK": 16, "num_warps": 1})
+    small = {"index_scores": {"KEYS": 32}, "select_top_k": {"BLOCK": 16, "num_warps": 1}}
+    monkeypatch.setattr(
+        indexer_triton,
+        "launch_config",
+        lambda op, **facts: launch_config(op, **facts) | small.get(op, {}),
+    )
     assert torch.equal(choose(make_pages(lengths, 8, device), q, weights, keys, device), expected)
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from kernels import mla
-from kernels.mla import mla_attention
+from kernels.batch import PagedBatch
+from kernels.mla import mla_attention, sparse_mla_attention
 from tests.kernels.paged import LENGTHS, Pages, make_pages, oracle_attention, select
 from tests.kernels.passes import (
     DEVICES,
@@ -54,11 +57,21 @@ def oracle_mla(
 
 
 def attend(
-    pages: Pages, q_nope: Tensor, q_pe: Tensor, latents: Tensor, weight: Tensor, device: str
+    pages: Pages,
+    q_nope: Tensor,
+    q_pe: Tensor,
+    latents: Tensor,
+    weight: Tensor,
+    device: str,
+    *,
+    batch_invariant: bool = False,
 ) -> Tensor:
     cache = pages.scatter(latents, q_nope.dtype, device)
     moved = [tensor.to(device) for tensor in (q_nope, q_pe)]
-    return mla_attention(*moved, cache, weight.to(device), pages.batch, SCALE).cpu()
+    out = mla_attention(
+        *moved, cache, weight.to(device), pages.batch, SCALE, batch_invariant=batch_invariant
+    )
+    return out.cpu()
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -101,17 +114,67 @@ def test_pages_of_any_size_and_order_give_the_same_bits(device: str) -> None:
         assert torch.equal(attend(pages, *case, device), expected), page_size
 
 
-@pytest.mark.skipif(INTERPRETED, reason="projections are torch's, whose bits follow the row count")
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_a_sequence_has_the_same_bits_in_any_batch(shape: Shape) -> None:
-    q_nope, q_pe, latents, weight = make(MIXED, shape, torch.float32)
-    pages = make_pages(MIXED, 8, "cpu")
-    cache = pages.scatter(latents, q_nope.dtype, "cpu")
-    whole = mla_attention(q_nope, q_pe, cache, weight, pages.batch, SCALE)
+def test_a_sequence_has_the_same_bits_in_any_batch(shape: Shape, device: str) -> None:
+    q_nope, q_pe, latents, weight = (
+        tensor.to(device) for tensor in make(MIXED, shape, torch.float32)
+    )
+    pages = make_pages(MIXED, 8, device)
+    cache = pages.scatter(latents.cpu(), q_nope.dtype, device)
+
+    def attend_to(batch: PagedBatch, rows: Tensor | slice) -> Tensor:
+        return mla_attention(
+            q_nope[rows], q_pe[rows], cache, weight, batch, SCALE, batch_invariant=True
+        )
+
+    whole = attend_to(pages.batch, slice(None))
     for seqs in ([0], [2], [1, 3], [0, 1, 2]):
         batch, rows = select(pages.batch, seqs)
-        alone = mla_attention(q_nope[rows], q_pe[rows], cache, weight, batch, SCALE)
-        assert torch.equal(alone, whole[rows]), seqs
+        assert torch.equal(attend_to(batch, rows), whole[rows]), seqs
+
+
+@pytest.mark.parametrize("device", DEVICES if INTERPRETED else DEVICES[1:])
+@pytest.mark.parametrize("batch_invariant", [False, True])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_every_product_hears_of_batch_invariance(
+    sparse: bool, batch_invariant: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where torch's products happen to have the same bits, nothing else would show it."""
+    heard: list[tuple[str, bool]] = []
+
+    def listening(name: str) -> Any:
+        op = getattr(mla, name)
+
+        def listen(*tensors: Tensor, batch_invariant: bool) -> Tensor:
+            heard.append((name, batch_invariant))
+            return op(*tensors, batch_invariant=batch_invariant)
+
+        return listen
+
+    for name in ("heads_linear", "linear"):
+        monkeypatch.setattr(mla, name, listening(name))
+    q_nope, q_pe, latents, weight = make(MIXED, SHAPES[0], torch.float32)
+    pages = make_pages(MIXED, 8, device)
+    cache = pages.scatter(latents, torch.float32, device)
+    moved = [tensor.to(device) for tensor in (q_nope, q_pe)]
+    operands = (*moved, cache, weight.to(device), pages.batch, SCALE)
+    if sparse:
+        first = torch.arange(24, device=device)
+        selected = torch.where(first <= pages.batch.positions[:, None], first, -1).int()
+        sparse_mla_attention(*operands, selected, batch_invariant=batch_invariant)
+    else:
+        mla_attention(*operands, batch_invariant=batch_invariant)
+    expanded = [("linear", True)] if batch_invariant else []
+    assert sorted(heard) == [("heads_linear", batch_invariant)] * 2 + expanded
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", LENGTHS)
+def test_batch_invariant_products_are_the_same_up_to_rounding(name: str, device: str) -> None:
+    case = make(LENGTHS[name], SHAPES[0], torch.float32)
+    actual = attend(make_pages(LENGTHS[name], 8, device), *case, device, batch_invariant=True)
+    assert_matches(actual, oracle_mla(*case, make_pages(LENGTHS[name], 8, "cpu")))
 
 
 @pytest.mark.parametrize("device", DEVICES)

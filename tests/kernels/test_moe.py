@@ -1,15 +1,18 @@
-"""The router against a plain Python rule, the experts against float64, and batch invariance."""
+"""Sorting by expert against Python's, the experts against float64, and batch invariance."""
 
 from __future__ import annotations
 
-import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from kernels import moe
-from kernels.moe import moe_experts, route_noaux_tc, route_softmax
+from kernels import moe, moe_triton
+from kernels.activation import silu_and_mul
+from kernels.configs import launch_config
+from kernels.moe import moe_experts, route_noaux_tc
+from kernels.moe_align_triton import align, align_kernel
 from kernels.quant import ActivationScale, Fp8Weight
 from tests.kernels.allocations import LargestTensor
 from tests.kernels.fp8_oracle import assert_product_matches, make_weight, on_device, quantized
@@ -22,17 +25,6 @@ from tests.kernels.passes import (
     assert_test_has_power,
 )
 
-# num_experts, top_k, num_groups, top_groups: one group, V3, V2's odd groups, groups of one
-ROUTERS = [
-    (8, 2, 1, 1),
-    (256, 8, 8, 4),
-    (160, 6, 8, 3),
-    (20, 3, 4, 2),
-    (7, 3, 7, 4),
-    (512, 9, 1, 1),
-]
-# V1 and V2-Lite, V2, odd groups, groups of one
-SOFTMAX_ROUTERS = [(64, 6, 1, 1), (160, 6, 8, 3), (20, 3, 4, 2), (7, 3, 7, 4)]
 # num_experts, top_k, hidden, intermediate; the second and third start rows off 16 bytes
 EXPERTS = [(8, 2, 48, 24), (5, 3, 13, 7), (6, 6, 33, 20), (3, 1, 16, 40)]
 # the formats of gate_up and down; a rounded activation needs fp32 around it to have one oracle
@@ -44,140 +36,61 @@ FORMATS: list[tuple[torch.dtype, Formats]] = [
     (HALF, ("float32", None)),
 ]
 Experts = tuple[Tensor, Tensor, Tensor, Fp8Weight, Fp8Weight]
+TRITON_DEVICES = DEVICES[-1:]  # where Triton bodies run
+Config = dict[str, Any]
 
 
-def oracle_route(
-    logits: Tensor, bias: Tensor, top_k: int, num_groups: int, top_groups: int, factor: float
-) -> tuple[list[list[int]], list[list[float]]]:
-    """DeepSeek-V3's rule, token by token, in plain Python floats; ties go to the lowest id."""
-    all_ids, all_weights = [], []
-    size = logits.shape[1] // num_groups
-    for row in logits.double().tolist():
-        scores = [1 / (1 + math.exp(-logit)) for logit in row]
-        choice = [score + b for score, b in zip(scores, bias.double().tolist(), strict=True)]
-        groups = [choice[g * size : (g + 1) * size] for g in range(num_groups)]
-        group_scores = [sum(sorted(group, reverse=True)[:2]) for group in groups]
-        kept = sorted(range(num_groups), key=lambda g: (-group_scores[g], g))[:top_groups]
-        allowed = [e for e in range(len(row)) if e // size in kept]
-        chosen = sorted(allowed, key=lambda e: (-choice[e], e))[:top_k]
-        total = sum(scores[e] for e in chosen) + 1e-20
-        all_ids.append(chosen)
-        all_weights.append([factor * scores[e] / total for e in chosen])
-    return all_ids, all_weights
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
+    """How the grouped products are launched from now on, one after the other."""
+    seen: list[Config] = []
+
+    def spy(op: str, **facts: Any) -> Config:
+        config = launch_config(op, **facts)
+        if op.startswith("grouped"):
+            seen.append(config)
+        return config
+
+    monkeypatch.setattr(moe_triton, "launch_config", spy)
+    return seen
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("shift", [0.0, -3.0])
-@pytest.mark.parametrize(("num_experts", "top_k", "num_groups", "top_groups"), ROUTERS)
-def test_route(
-    device: str, shift: float, num_experts: int, top_k: int, num_groups: int, top_groups: int
+# num_tokens, num_experts, top_k: one slot; slots and experts across blocks; at and above the limit
+ALIGNED = [(1, 1, 1), (5, 3, 1), (43, 33, 6), (129, 40, 2), (128, 16, 8), (205, 7, 5)]
+
+
+@pytest.mark.parametrize("device", TRITON_DEVICES)
+@pytest.mark.parametrize(("num_tokens", "num_experts", "top_k"), ALIGNED)
+@pytest.mark.parametrize("spread", [True, False])
+def test_slots_are_sorted_by_expert(
+    device: str, num_tokens: int, num_experts: int, top_k: int, spread: bool
 ) -> None:
-    """With a bias of about -3 every choice is negative, and dropped groups still stay out."""
-    generator = torch.Generator().manual_seed(num_experts)
-    num_tokens = 3 if INTERPRETED else 29
-    logits = 2 * torch.randn(num_tokens, num_experts, generator=generator)
-    bias = shift + 0.3 * torch.randn(num_experts, generator=generator)
-    ids, weights = route_noaux_tc(
-        logits.to(device), bias.to(device), top_k, num_groups, top_groups, True, 2.5
+    """As Python sorts them; not spread, all choose the last expert or the first."""
+    generator = torch.Generator().manual_seed(num_tokens)
+    ids = torch.rand(num_tokens, num_experts, generator=generator).argsort(dim=1)[:, :top_k]
+    if not spread:
+        ids = torch.where(ids % 2 == 0, 0, num_experts - 1)
+    order, expert_starts = align(ids.to(device), num_experts)
+    slot_experts = ids.flatten().tolist()
+    assert order.dtype == expert_starts.dtype == torch.int64
+    assert order.tolist() == sorted(range(len(slot_experts)), key=lambda s: slot_experts[s])
+    starts = [sum(e < expert for e in slot_experts) for expert in range(num_experts + 1)]
+    assert expert_starts.tolist() == starts
+
+
+@pytest.mark.parametrize("device", TRITON_DEVICES)
+def test_sorting_reads_and_writes_no_more_than_there_is(device: str) -> None:
+    num_slots, num_experts = 21, 5
+    slot_experts = torch.full((64,), -1000, device=device)
+    slot_experts[:num_slots] = torch.arange(num_slots, device=device) * 3 % num_experts
+    order, starts = (torch.full((64,), -7, device=device) for _ in range(2))
+    align_kernel[(4,)](  # one program more than is needed
+        slot_experts, order, starts, num_slots, num_experts, COUNTED=16, KEYS=32
     )
-    oracle_ids, oracle_weights = oracle_route(logits, bias, top_k, num_groups, top_groups, 2.5)
-    assert (ids.dtype, weights.dtype) == (torch.int64, torch.float32)
-    assert ids.tolist() == oracle_ids
-    assert_matches(weights, torch.tensor(oracle_weights, dtype=torch.float64))
-    assert_test_has_power(weights, torch.tensor(oracle_weights, dtype=torch.float64))
-
-
-def oracle_softmax(
-    logits: Tensor, top_k: int, num_groups: int, top_groups: int, factor: float
-) -> tuple[list[list[int]], list[list[float]]]:
-    """DeepSeek-V2's rule, token by token, in plain Python floats; ties go to the lowest id."""
-    all_ids, all_weights = [], []
-    size = logits.shape[1] // num_groups
-    for row in logits.double().tolist():
-        powers = [math.exp(logit) for logit in row]
-        scores = [power / math.fsum(powers) for power in powers]
-        best = [max(scores[g * size : (g + 1) * size]) for g in range(num_groups)]
-        kept = sorted(range(num_groups), key=lambda g: (-best[g], g))[:top_groups]
-        allowed = [e for e in range(len(row)) if e // size in kept]
-        chosen = sorted(allowed, key=lambda e: (-scores[e], e))[:top_k]
-        all_ids.append(chosen)
-        all_weights.append([factor * scores[e] for e in chosen])
-    return all_ids, all_weights
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("num_experts", "top_k", "num_groups", "top_groups"), SOFTMAX_ROUTERS)
-def test_route_softmax(
-    device: str, num_experts: int, top_k: int, num_groups: int, top_groups: int
-) -> None:
-    num_tokens = 4 if INTERPRETED else 29
-    generator = torch.Generator().manual_seed(num_experts)
-    logits = 3 * torch.randn(num_tokens, num_experts, generator=generator)
-    logits[0] = logits[0].round()  # ties, of experts and of groups
-    logits[1] += 200.0  # exp overflows
-    ids, weights = route_softmax(logits.to(device), top_k, num_groups, top_groups, 16.0)
-    oracle_ids, oracle_weights = oracle_softmax(logits, top_k, num_groups, top_groups, 16.0)
-    assert (ids.dtype, weights.dtype) == (torch.int64, torch.float32)
-    assert ids.tolist() == oracle_ids
-    assert_matches(weights, torch.tensor(oracle_weights, dtype=torch.float64))
-    assert_test_has_power(weights, torch.tensor(oracle_weights, dtype=torch.float64))
-    first, last = (
-        route_softmax(logits[rows].to(device), top_k, num_groups, top_groups, 16.0)[1]
-        for rows in (slice(0, 1), slice(-1, None))
-    )
-    assert torch.equal(torch.cat([first, last]), weights[[0, -1]])
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_softmax_experts_of_dropped_groups_are_not_taken(device: str) -> None:
-    """The best three experts lie in three groups, of which the best two stay."""
-    logits = torch.full((2, 9), -1.0)
-    logits[0, [8, 3, 1]] = torch.tensor([3.0, 2.5, 2.0])
-    ids, weights = route_softmax(logits.to(device), 4, 3, 2, 1.0)
-    assert ids.tolist() == [[8, 3, 4, 5], [0, 1, 2, 3]]  # the lowest ids of equals
-    total = math.exp(3.0) + math.exp(2.5) + math.exp(2.0) + 6 * math.exp(-1.0)
-    expected = [math.exp(logit) / total for logit in (3.0, 2.5, -1.0, -1.0)]  # not renormalised
-    assert weights[0].tolist() == pytest.approx(expected, rel=1e-6)
-    assert weights[1].tolist() == pytest.approx([1 / 9] * 4, rel=1e-6)
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_equal_choices_go_to_the_lowest_ids(device: str) -> None:
-    logits = torch.zeros(2, 12)
-    logits[1, [3, 7, 11]] = 1.0
-    bias = torch.zeros(12, device=device)
-    ids, _ = route_noaux_tc(logits.to(device), bias, 4, 3, 2, True, 1.0)
-    assert ids.tolist() == [[0, 1, 2, 3], [3, 7, 0, 1]]  # groups {0, 1} both times
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_the_bias_chooses_and_the_score_weighs(device: str) -> None:
-    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]], device=device)
-    bias = torch.tensor([0.0, 0.0, 0.0, 9.0], device=device)
-    ids, weights = route_noaux_tc(logits, bias, 2, 1, 1, False, 3.0)
-    assert ids.tolist() == [[3, 0]]
-    expected = [3 / (1 + math.exp(1.0)), 3 / (1 + math.exp(-2.0))]
-    assert weights[0].tolist() == pytest.approx(expected, rel=1e-6)
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_a_group_with_negative_choices_beats_none(device: str) -> None:
-    """Dropped groups are out even where every kept choice is below zero."""
-    logits = torch.tensor([[4.0, 4.0, -4.0, -4.0]], device=device)
-    bias = torch.tensor([-3.0, -3.0, -5.0, -5.0], device=device)
-    ids, _ = route_noaux_tc(logits, bias, 2, 2, 1, True, 1.0)
-    assert ids.tolist() == [[0, 1]]
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("top_groups", [2, 4])
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, which interprets
-def test_a_row_of_nan_still_names_experts(device: str, top_groups: int) -> None:
-    logits = torch.full((1, 20), float("nan"), device=device)
-    ids, _ = route_noaux_tc(logits, torch.zeros(20, device=device), 3, 4, top_groups, True, 1.0)
-    assert bool(((ids >= 0) & (ids < 20)).all())
-    ids, _ = route_softmax(logits, 3, 4, top_groups, 1.0)
-    assert bool(((ids >= 0) & (ids < 20)).all())
+    assert sorted(order[:num_slots].tolist()) == list(range(num_slots))
+    assert starts[: num_experts + 1].tolist() == [0, 5, 9, 13, 17, 21]
+    assert order[num_slots:].tolist() == [-7] * (64 - num_slots)
+    assert starts[num_experts + 1 :].tolist() == [-7] * (64 - num_experts - 1)
 
 
 def make_experts(
@@ -228,6 +141,131 @@ def test_moe_experts(
     assert actual.dtype == dtype
     assert_matches(actual, oracle_experts(*tensors))
     assert_test_has_power(actual, oracle_experts(*tensors))
+
+
+@pytest.mark.parametrize("device", TRITON_DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+@pytest.mark.parametrize("activations", [None, "float32"])
+@pytest.mark.parametrize("is_fp8", [False, True])
+@pytest.mark.parametrize("rows_per_expert", [0, 96])
+def test_gating_in_the_product_rounds_as_silu_and_mul_does(
+    device: str,
+    dtype: torch.dtype,
+    is_fp8: bool,
+    activations: ActivationScale | None,
+    rows_per_expert: int,
+) -> None:
+    """Two experts with 9 and 4 slots; gate and up of 72 rows end within a block."""
+    x = make_experts(13, 2, 1, 160, 72, dtype)[0].to(device)
+    fp8_weight, decoded = make_weight([72, 72], 160, activations, num_experts=2)
+    weight = on_device(fp8_weight, device) if is_fp8 else decoded.to(device, dtype)
+    order = torch.arange(13, device=device)
+    starts = torch.tensor([0, 9, 13], device=device)
+    facts = moe_triton.grouped_facts(1, 1, (2, 144, 160))
+    facts |= {"rows": 65 if rows_per_expert else 1, "rows_per_expert": rows_per_expert}
+    parts = (x, weight, order, starts, 1)
+    gated = moe_triton._grouped_linear(*parts, gated=True, facts=facts)
+    assert torch.equal(
+        gated, silu_and_mul(moe_triton._grouped_linear(*parts, gated=False, facts=facts))
+    )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+@pytest.mark.parametrize("num_tokens", [1, 5])
+def test_shared_experts_are_added_to_the_rounded_sum(
+    device: str, dtype: torch.dtype, num_tokens: int
+) -> None:
+    tensors = make_experts(num_tokens, 8, 2, 48, 24, dtype)
+    generator = torch.Generator().manual_seed(1)
+    shared = torch.randn(num_tokens, 60, generator=generator).to(device, dtype)[:, 5:53]
+    routed = moe_experts(*(tensor.to(device) for tensor in tensors))
+    actual = moe_experts(*(tensor.to(device) for tensor in tensors), shared)
+    assert actual.dtype == dtype
+    assert torch.equal(actual, routed + shared)
+    oracle = oracle_experts(*tensors) + shared.cpu().double()
+    assert_matches(actual, oracle)
+    assert_test_has_power(actual, oracle)
+
+
+@pytest.mark.parametrize("device", TRITON_DEVICES)
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize(("is_fp8", "activations"), [(False, None), (True, None), (True, "ue8m0")])
+def test_prompts_take_larger_blocks(
+    device: str,
+    top_k: int,
+    is_fp8: bool,
+    activations: ActivationScale | None,
+    launches: list[Config],
+) -> None:
+    """35 rows per expert, or 99; experts with more rows than a block and with fewer."""
+    x, ids, weights, _, _ = make_experts(70 if top_k == 1 else 99, 2, top_k, 144, 32, HALF)
+    if top_k == 1:
+        ids = (torch.arange(70) >= 66).long().view(70, 1)
+    gate_up, gate_up_oracle = make_weight([32, 32], 144, activations, num_experts=2, seed=1)
+    down, down_oracle = make_weight([144], 32, None, num_experts=2, seed=2)
+    matrices = (on_device(gate_up, device), on_device(down, device))
+    decoded = (gate_up_oracle, down_oracle)
+    if not is_fp8:
+        halves = [matrix.to(HALF) for matrix in decoded]
+        decoded = tuple(half.double() for half in halves)
+        matrices = tuple(half.to(device) for half in halves)
+    actual = moe_experts(x.to(device), ids.to(device), weights.to(device), *matrices)
+    assert all(launch["BLOCK_M"] >= 64 for launch in launches) and len(launches) == 2
+    oracle = oracle_experts(x, ids, weights, *decoded, (activations, None))
+    assert_product_matches(actual, oracle, activations is not None)
+    assert_test_has_power(actual, oracle)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("is_fp8", "activations"), [(False, None), (True, None), (True, "float32")]
+)
+def test_a_batch_invariant_token_has_the_same_bits_in_any_batch(
+    device: str, is_fp8: bool, activations: ActivationScale | None, launches: list[Config]
+) -> None:
+    """On a GPU there are 100 rows per expert in the largest batch, and fewer than one alone."""
+    x, ids, weights, *matrices = (
+        tensor.to(device) for tensor in make_experts(200, 2, 1, 48, 32, HALF)
+    )
+    if is_fp8:
+        matrices = [
+            on_device(make_weight([32, 32], 48, activations, num_experts=2)[0], device),
+            on_device(make_weight([48], 32, activations, num_experts=2)[0], device),
+        ]
+    shared = x.flip(0)
+    whole = moe_experts(x, ids, weights, *matrices, shared, batch_invariant=True)
+    for num_tokens in (1, 2, 3, 16, 33, 64, 65):
+        last = slice(-num_tokens, None)
+        part = moe_experts(
+            x[last], ids[last], weights[last], *matrices, shared[last], batch_invariant=True
+        )
+        assert torch.equal(part, whole[last])
+    assert all(launch == launches[0] for launch in launches)
+    at_most_64 = slice(-64, None)
+    decodes = moe_experts(x[at_most_64], ids[at_most_64], weights[at_most_64], *matrices)
+    for num_tokens in (1, 33):
+        last = slice(-num_tokens, None)
+        part = moe_experts(x[last], ids[last], weights[last], *matrices)
+        assert torch.equal(part, decodes[last])
+
+
+@pytest.mark.parametrize("device", TRITON_DEVICES)
+def test_no_row_is_read_before_it_is_written(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """New memory is NaN, and the rows have NaN around them."""
+    empty = torch.empty
+
+    def poisoned(*args: Any, **kwargs: Any) -> Tensor:
+        out = empty(*args, **kwargs)
+        return out.fill_(float("nan")) if out.is_floating_point() else out.fill_(-1)
+
+    tensors = make_experts(5, 6, 3, 45, 21, HALF)
+    moved = [tensor.to(device) for tensor in tensors]
+    around = torch.full((9, 60), float("nan"), dtype=HALF, device=device)
+    around[2:7, 4:49] = moved[0]
+    monkeypatch.setattr(moe_triton.torch, "empty", poisoned)
+    actual = moe_experts(around[2:7, 4:49], *moved[1:])
+    assert_matches(actual, oracle_experts(*tensors))
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels import quant, quant_triton
+from kernels.configs import launch_config
 from kernels.quant import (
     ActivationScale,
     Fp8Weight,
@@ -50,12 +52,38 @@ LAUNCHES = [(1, True), (2, False), (17, True), (33, False), (130, True)]
 if INTERPRETED:
     LAUNCHES = [(1, True), (17, False), (23, True)]
 # the interpreter is slow: fewer rows already take the launch for prompts
-MAX_DECODE_ROWS = 20 if INTERPRETED else quant_triton.MAX_DECODE_ROWS
+MAX_DECODE_ROWS = 20 if INTERPRETED else 64
+TRITON_DEVICES = DEVICES[-1:]  # where Triton bodies run
+Config = dict[str, Any]
 
 
 @pytest.fixture(autouse=True)
 def _decodes_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quant_triton, "MAX_DECODE_ROWS", MAX_DECODE_ROWS)
+    def scaled(op: str, **facts: Any) -> Config:
+        rows = facts.get("rows", 1)
+        more = {"rows": rows if rows <= MAX_DECODE_ROWS else rows + 44} if "rows" in facts else {}
+        return launch_config(op, **facts | more)
+
+    if INTERPRETED:
+        monkeypatch.setattr(quant_triton, "launch_config", scaled)
+
+
+@pytest.fixture
+def launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[Config]:
+    """How products are launched from now on, cut into slices along their channels, by default 4."""
+    slices = getattr(request, "param", 4)
+    seen: list[Config] = []
+    choose = quant_triton.launch_config
+
+    def sliced(op: str, **facts: Any) -> Config:
+        config = choose(op, **facts)
+        if op == "fp8_linear":
+            config |= {"SLICES": slices}
+            seen.append(config)
+        return config
+
+    monkeypatch.setattr(quant_triton, "launch_config", sliced)
+    return seen
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -126,14 +154,15 @@ def test_a_product_with_the_identity_gives_every_code(
     assert torch.equal(actual.cpu().double(), expected)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize(("rows", "columns"), [(200, 160), (128, 384), (5, 3), (129, 257)])
 def test_quantized_weights_are_near_and_their_scales_exact(
-    scale: ActivationScale, rows: int, columns: int
+    device: str, scale: ActivationScale, rows: int, columns: int
 ) -> None:
     weight = draw(rows, columns) * torch.logspace(-3, 3, columns)
     weight[:BLOCK, :BLOCK] = 0.0
-    values, scale_inv = quantize_weight(weight, scale)
+    values, scale_inv = (made.cpu() for made in quantize_weight(weight.to(device), scale))
     assert values.dtype == torch.float8_e4m3fn and scale_inv.dtype == torch.float32
     assert values.shape == weight.shape
     assert scale_inv.shape == (-(-rows // BLOCK), -(-columns // BLOCK))
@@ -151,6 +180,46 @@ def test_quantized_weights_are_near_and_their_scales_exact(
             bound = torch.maximum(weight[block].abs() * 2.0**-4, scale_inv[i, j] * 2.0**-10)
             error = (decoded[block].double() - weight[block].double()).abs()
             assert bool((error <= bound.double() * (1 + 1e-6)).all())
+
+
+def weights_to_quantize() -> list[Tensor]:
+    """Every rounding of e4m3, any magnitude of a block, halves, strides, blocks cut short."""
+    sizes = torch.logspace(-44, 38, 3).repeat_interleave(BLOCK)
+    powers = 448.0 * torch.exp2(torch.arange(-40, -37)).repeat_interleave(BLOCK)
+    powers[0] = powers[0].nextafter(torch.tensor(1.0))
+    return [
+        edges(),
+        41.0 * edges(),  # midpoints, but not if multiplied by 1 / 41
+        draw(130, 3 * BLOCK, seed=1).clamp(-3, 3) * sizes,
+        draw(2, 3 * BLOCK).sign() * powers,  # scales that are powers of two, one just above
+        torch.full((3, 5), -1e-45),
+        torch.zeros(3, 5),
+        draw(140, 129).half(),
+        draw(3, 300).bfloat16()[:, 4:290],
+        draw(129, 140).T,
+    ]
+
+
+@pytest.mark.parametrize("device", TRITON_DEVICES)
+@pytest.mark.parametrize("scale", SCALES)
+def test_both_bodies_quantize_a_weight_to_the_same_bits(
+    device: str, scale: ActivationScale, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = weights_to_quantize()
+    actual = [quantize_weight(weight.to(device), scale) for weight in weights]
+    monkeypatch.setattr(quant, "use_triton", lambda _: False)
+    for weight, (values, scale_inv) in zip(weights, actual, strict=True):
+        expected_values, expected_scale_inv = quantize_weight(weight, scale)
+        assert (values.dtype, values.shape) == (torch.float8_e4m3fn, weight.shape)
+        assert torch.equal(scale_inv.cpu(), expected_scale_inv)
+        assert torch.equal(values.cpu().view(torch.uint8), expected_values.view(torch.uint8))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_smallest_weights_are_not_divided_by_zero(device: str) -> None:
+    values, scale_inv = quantize_weight(torch.full((3, 5), 1e-45, device=device))
+    assert values.float().tolist() == [[0.0] * 5] * 3
+    assert scale_inv.tolist() == [[2.0**-126]]
 
 
 @pytest.mark.parametrize("num_experts", [None, 3])
@@ -256,7 +325,7 @@ def test_rows_may_be_strided(device: str, activations: ActivationScale | None) -
 def test_a_row_has_the_same_bits_in_any_batch(
     device: str, activations: ActivationScale | None, dtype: torch.dtype
 ) -> None:
-    """On a GPU: among batches up to MAX_DECODE_ROWS, and among larger ones."""
+    """On a GPU: among batches of up to 64 rows, and among larger ones."""
     weight = on_device(make_weight([136, 64], 160, activations)[0], device)
     bias = draw(200, seed=2).to(device, dtype)
     x = draw(MAX_DECODE_ROWS + (5 if INTERPRETED else 70), 160).to(device, dtype)
@@ -272,6 +341,79 @@ def test_a_row_has_the_same_bits_in_any_batch(
             assert torch.equal(fp8_linear(rows[start:end], weight, bias), whole[start:end])
     if device == "cpu" and not INTERPRETED:
         assert torch.equal(fp8_linear(decodes, weight, bias), whole[:MAX_DECODE_ROWS])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("activations", [None, "float32"])
+@pytest.mark.parametrize(
+    ("dtype", "launches"), [(HALF, 1), (torch.float32, 4)], indirect=["launches"]
+)
+def test_a_batch_invariant_row_has_the_same_bits_in_any_batch(
+    device: str, activations: ActivationScale | None, dtype: torch.dtype, launches: list[Config]
+) -> None:
+    """With slices too, which are split among programs for up to 64 rows only."""
+    weight = on_device(make_weight([32], 272, activations)[0], device)
+    bias, x = draw(32, seed=2).to(device, dtype), draw(200, 272).to(device, dtype)
+    whole = fp8_linear(x, weight, bias, batch_invariant=True)
+    for num_rows in (1, 2, 3, 16, 33, 64, 65):
+        part = fp8_linear(x[-num_rows:], weight, bias, batch_invariant=True)
+        assert torch.equal(part, whole[-num_rows:])
+    assert all(launch == launches[0] for launch in launches)
+
+
+@pytest.mark.parametrize("device", TRITON_DEVICES)
+@pytest.mark.parametrize("activations", [None, "float32"])
+@pytest.mark.parametrize("in_features", [100, 299, 640])  # of four slices the last are empty
+def test_slices_add_up(
+    device: str, activations: ActivationScale | None, in_features: int, launches: list[Config]
+) -> None:
+    weight, decoded = make_weight([20, 9], in_features, activations)
+    bias = draw(29, seed=2).to(HALF)
+    for num_rows in (3, 65):  # the last is not split among programs
+        x = draw(num_rows, in_features, seed=num_rows).to(HALF)
+        actual = fp8_linear(x.to(device), on_device(weight, device), bias.to(device))
+        oracle = quantized(x, activations) @ decoded.T + bias.double()
+        assert_product_matches(actual, oracle, activations is not None)
+        assert_test_has_power(actual, oracle)
+    assert launches
+
+
+@pytest.mark.parametrize("device", TRITON_DEVICES)
+def test_a_split_product_writes_its_rows_and_no_others(
+    device: str, launches: list[Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory around the rows, and the partial sums before they are written, are NaN."""
+    empty = torch.empty
+
+    def poisoned(*args: Any, **kwargs: Any) -> Tensor:
+        out = empty(*args, **kwargs)
+        return out.fill_(float("nan")) if out.is_floating_point() else out
+
+    weight, decoded = make_weight([45], 299, None)
+    wide = torch.full((9, 310), float("nan"), dtype=HALF)
+    wide[2:5, 5:304] = draw(3, 299).to(HALF)
+    monkeypatch.setattr(quant_triton.torch, "empty", poisoned)
+    actual = fp8_linear(wide.to(device)[2:5, 5:304], on_device(weight, device))
+    assert_matches(actual, wide[2:5, 5:304].double() @ decoded.T)
+    assert launches
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_small_matrices_are_sliced_by_their_shape_alone(arch: int) -> None:
+    """So that 132 multiprocessors have work, whatever the number of rows of a decode."""
+
+    def slices(num_rows: int, out_features: int, in_features: int) -> int:
+        config = quant_triton.fp8_linear_config(
+            arch, torch.uint8, num_rows, out_features, in_features, fp8_dot=arch >= 89
+        )
+        return int(config["SLICES"])
+
+    for num_rows in (1, 7, MAX_DECODE_ROWS):
+        assert slices(num_rows, 576, 7168) * 18 >= 132
+        assert slices(num_rows, 1536, 7168) * 48 >= 132
+        assert slices(num_rows, 2112, 7168) * 66 >= 132
+        assert slices(num_rows, 7168, 2048) == 1
+    assert slices(MAX_DECODE_ROWS + 1, 576, 7168) == 1
 
 
 @pytest.mark.parametrize("device", DEVICES)

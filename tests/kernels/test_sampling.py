@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,9 +12,10 @@ import scipy.stats
 import torch
 from torch import Tensor
 
+from kernels import sampling_triton
 from kernels.philox import uniforms
 from kernels.sampling import Sampled, count_tokens, sample
-from tests.kernels.passes import DEVICES, INTERPRETED
+from tests.kernels.passes import DEVICES, HALF, INTERPRETED
 from tests.kernels.sampling_oracle import FloatArray, Row, draw, make_batch, probabilities
 
 VOCAB_SIZE = 40
@@ -27,6 +30,7 @@ COMBINATIONS = {
     "hot": Row(temperature=1.7),
     "top_k": Row(top_k=7),
     "top_k_1": Row(top_k=1),
+    "top_k_all": Row(top_k=1000),
     "top_p": Row(top_p=0.8),
     "min_p": Row(min_p=0.1),
     "top_k_top_p": Row(top_k=12, top_p=0.75),
@@ -38,6 +42,30 @@ COMBINATIONS = {
     "bias": Row(bias=BIAS),
     "all": Row(0.8, 25, 0.92, 0.01, 0.5, 0.2, 1.1, COUNTS, BIAS),
 }
+
+# the sampler's configs: blocks small enough that a test's vocabulary spans several
+SetBlocks = Callable[[int, int], None]
+
+
+@pytest.fixture
+def set_blocks(monkeypatch: pytest.MonkeyPatch) -> SetBlocks:
+    """Launch with other numbers of ids a program and a step of the search (a step is >= 16)."""
+
+    def set_blocks(block: int, chunk: int) -> None:
+        configs = {"sample": {"BLOCK": block}, "sample_search": {"CHUNK": chunk}}
+
+        def launch_config(op: str, arch: int) -> dict[str, Any]:
+            return {**configs[op], "num_warps": 4}
+
+        monkeypatch.setattr(sampling_triton, "launch_config", launch_config)
+
+    return set_blocks
+
+
+@pytest.fixture(autouse=True)
+def _blocks_are_small(set_blocks: SetBlocks) -> None:
+    if INTERPRETED:
+        set_blocks(32, 32)
 
 
 def make_logits(num_rows: int, vocab: int, seed: int = 0) -> Tensor:
@@ -141,9 +169,13 @@ def test_every_draw_inverts_the_exact_cumulative_distribution(device: str) -> No
     "row", [Row(top_p=0.9), Row(top_k=5000), Row(top_k=200, top_p=0.5), Row(min_p=0.3), Row()]
 )
 @pytest.mark.parametrize("ties", [False, True])
-def test_flat_rows_of_a_large_vocabulary(device: str, row: Row, ties: bool) -> None:
+def test_flat_rows_of_a_large_vocabulary(
+    device: str, row: Row, ties: bool, set_blocks: SetBlocks
+) -> None:
     """Cuts lie beyond any bounded set of candidates, and the vocabulary spans several blocks."""
     vocab_size = 9001
+    if INTERPRETED:
+        set_blocks(4096, 2048)
     logits = 0.2 * make_logits(1, vocab_size, seed=3)
     if ties:
         logits = (logits * 3).round() / 3  # more than 1000 tokens share a logit
@@ -153,11 +185,11 @@ def test_flat_rows_of_a_large_vocabulary(device: str, row: Row, ties: bool) -> N
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_row_has_the_same_bits_in_any_batch(device: str) -> None:
-    vocab_size = 300 if INTERPRETED else 5003
+    vocab_size = 75 if INTERPRETED else 5003
     rows = [replace(row, seed=index) for index, row in enumerate(COMBINATIONS.values())]
     rows += [Row(temperature=0.0), Row(temperature=0.0, counts=COUNTS, repetition=2.0)]
     if INTERPRETED:
-        rows = rows[6:8] + rows[-3:]
+        rows = rows[8:9] + rows[-3:]
     logits = make_logits(len(rows), vocab_size, seed=4).to(device)
     whole = sample(logits, make_batch(rows, vocab_size, num_logprobs=3, device=device))
     for index, row in enumerate(rows):
@@ -196,7 +228,9 @@ def test_head_padding_is_never_seen(device: str, temperature: float) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_greedy_takes_the_lowest_id_among_equals(device: str) -> None:
+def test_greedy_takes_the_lowest_id_among_equals(device: str, set_blocks: SetBlocks) -> None:
+    if INTERPRETED:
+        set_blocks(512, 512)  # 4096 and 4999 in different blocks
     logits = torch.zeros(3, 5000)
     logits[0, [17, 18, 4999]] = 3.0
     logits[1, [4096, 4999]] = 3.0
@@ -204,6 +238,55 @@ def test_greedy_takes_the_lowest_id_among_equals(device: str) -> None:
         batch = make_batch([Row(temperature=0.0)] * 3, 5000, device=device)
         ids = sample(logits.to(device, dtype), batch).token_ids
         assert ids.tolist() == [17, 4096, 0]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_minus_zero_is_zero(device: str) -> None:
+    logits = torch.full((5, 40), -3.0)
+    logits[:, [5, 37]] = torch.tensor([-0.0, 0.0])
+    rows = [Row(top_k=1, position=position) for position in range(4)] + [Row(0.0)]
+    ids = sample(logits.to(device), make_batch(rows, 40, device=device)).token_ids.tolist()
+    assert set(ids[:4]) == {5, 37}
+    assert ids[4] == 5
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_rare_tokens_among_many_are_drawn(device: str, set_blocks: SetBlocks) -> None:
+    """Each of 3000 tokens weighs exp(-17) of the last one; the draw still tells them apart."""
+    if INTERPRETED:
+        set_blocks(512, 512)
+    logits = torch.full((1, 3001), -17.0)
+    logits[0, 3000] = 0.0
+    numbers = uniforms(torch.zeros(100_000, dtype=torch.int64), torch.arange(100_000))
+    positions = np.flatnonzero(numbers < 3000 * np.exp(-17.0))[:2]
+    rows = [Row(position=int(position)) for position in positions]
+    ids = sample(logits.expand(2, -1).to(device), make_batch(rows, 3001, device=device)).token_ids
+    exact = probabilities(logits[0], Row(), 3001)
+    expected = [draw(exact, numbers[position]) for position in positions]
+    assert ids.tolist() == [token_id for token_id, _ in expected]
+    assert max(ids.tolist()) < 3000
+    assert min(nearness for _, nearness in expected) > 1e-9
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_top_p_shares_what_top_k_left_to_the_last_token(device: str) -> None:
+    """Of 1 + 0.9, whichever block the second lies in, one token holds less than 0.6."""
+    logits = torch.full((4, 70), -1.0)
+    logits[:, [3, 68]] = torch.tensor([0.0, np.log(0.9)], dtype=torch.float32)
+    rows = [Row(top_k=2, top_p=0.6, position=position) for position in range(4)]
+    ids = sample(logits.to(device), make_batch(rows, 70, device=device)).token_ids
+    assert set(ids.tolist()) == {3, 68}
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, of infinities in the interpreter
+@pytest.mark.parametrize("device", DEVICES[-1:])  # the torch body promises nothing here
+@pytest.mark.parametrize("row", [Row(), Row(top_k=3, top_p=0.5, min_p=0.2), Row(1e-45)])
+def test_an_infinite_logit_and_no_heat_draw_the_largest(device: str, row: Row) -> None:
+    logits = make_logits(1, 40, seed=17)
+    if row.temperature == 1:
+        logits[0, 33] = float("inf")
+    ids = sample(logits.to(device), make_batch([row], 40, device=device)).token_ids
+    assert ids.tolist() == [int(logits.argmax())]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -322,8 +405,169 @@ def test_no_rows_draw_nothing(device: str) -> None:
     assert (drawn.token_ids.shape, drawn.top_ids.shape) == ((0,), (0, 2))
 
 
-def test_count_tokens() -> None:
-    counts = torch.zeros((3, 5), dtype=torch.int32)
-    count_tokens(counts, torch.tensor([0, 2]), torch.tensor([4, 1]))
-    count_tokens(counts, torch.tensor([2]), torch.tensor([1]))
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("row", "unused"),
+    [
+        (Row(0.0), {"all_greedy": False, "any_filter": True}),
+        (Row(), {"any_filter": True}),
+        (Row(), {"any_filter": True, "any_top_k": False}),
+        (Row(min_p=0.1), {"any_top_k": True, "any_top_p": True}),
+        (Row(top_k=9), {"any_top_p": True}),
+        (Row(top_p=0.7), {"any_top_k": True}),
+    ],
+)
+def test_a_flag_that_no_row_needs_changes_no_bit(
+    device: str, row: Row, unused: dict[str, bool]
+) -> None:
+    """As a CUDA graph is captured: with the flags of its kind, whatever the rows turn out to be."""
+    num_rows = 2 if INTERPRETED else 64
+    rows = [replace(row, seed=index) for index in range(num_rows)]
+    logits = make_logits(num_rows, 60, seed=10).to(device)
+    batch = make_batch(rows, 60, num_logprobs=2, device=device)
+    exact = replace(batch, any_top_k=row.top_k > 0, any_top_p=row.top_p < 1)
+    expected, actual = sample(logits, exact), sample(logits, replace(exact, **unused))
+    for name in Sampled.__slots__:
+        assert torch.equal(getattr(actual, name), getattr(expected, name)), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("greedy", [False, True])
+def test_a_cuda_graph_replays_with_new_rows(greedy: bool) -> None:
+    """Captured for plain rows; then the same tensors hold other logits and parameters."""
+    vocab_size = 3000
+    plain = make_batch([Row(1.0 - greedy, counts=COUNTS)] * 15, vocab_size, device="cuda")
+    batch = replace(plain, any_filter=not greedy, num_logprobs=2)
+    logits = make_logits(15, vocab_size, seed=19).cuda()
+    sample(logits, batch)  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        drawn = sample(logits, batch)
+    rows = [replace(row, position=9, bias={}) for row in list(COMBINATIONS.values())[:15]]
+    if greedy:
+        rows = [replace(row, temperature=0.0) for row in rows]
+    for turn in range(3):
+        logits.copy_(make_logits(15, vocab_size, seed=20 + turn))
+        others = make_batch(rows[turn:] + rows[:turn], vocab_size, device="cuda")
+        for name in ("temperature", "top_k", "top_p", "min_p", "seeds", "positions"):
+            getattr(batch, name).copy_(getattr(others, name))
+        graph.replay()
+        expected = sample(logits, replace(batch, any_filter=True))
+        for name in Sampled.__slots__:
+            assert torch.equal(getattr(drawn, name), getattr(expected, name)), name
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("size", [2, 64])
+def test_a_row_among_copies_has_the_same_bits(device: str, size: int) -> None:
+    size = min(size, 3) if INTERPRETED else size
+    row = replace(COMBINATIONS["all"], seed=8)
+    logits = make_logits(1, 50, seed=11).to(device)
+    alone = sample(logits, make_batch([row], 50, num_logprobs=2, device=device))
+    batch = make_batch([row] * size, 50, num_logprobs=2, device=device)
+    whole = sample(logits.expand(size, -1).contiguous(), batch)
+    for index in range(size):
+        assert_same(alone, whole, index)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_how_a_row_is_cut_into_blocks_changes_no_token(device: str, set_blocks: SetBlocks) -> None:
+    names = ["all", "top_k_top_p"] if INTERPRETED else list(COMBINATIONS)
+    rows = [replace(COMBINATIONS[name], seed=3) for name in names]
+    logits = make_logits(len(rows), 150, seed=12).to(device)
+    drawn = []
+    for block, chunk in [(64, 16), (64, 64), (256, 128)]:
+        set_blocks(block, chunk)
+        batch = make_batch(rows, 150, device=device)
+        drawn.append(sample(logits, batch).token_ids.tolist())
+    assert drawn[0] == drawn[1] == drawn[2]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_halves_draw_as_the_same_numbers_in_fp32(device: str) -> None:
+    rows = [COMBINATIONS["all"], COMBINATIONS["top_k_top_p_min_p"], Row(), Row(0.0)]
+    logits = make_logits(len(rows), 70, seed=13).to(device, HALF)
+    batch = make_batch(rows, 60, num_logprobs=3, device=device)
+    halves, floats = sample(logits, batch), sample(logits.float(), batch)
+    for name in Sampled.__slots__:
+        assert torch.equal(getattr(halves, name), getattr(floats, name)), name
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_banned_tokens_are_never_drawn(device: str) -> None:
+    """Also where a filter asks for more tokens than are left, in whole blocks of them."""
+    allowed = [3, 68]
+    bias = {id_: float("-inf") for id_ in range(70) if id_ not in allowed}
+    kinds = [Row(), Row(top_k=30), Row(top_p=0.99, top_k=30)] * 2
+    rows = [replace(row, bias=bias, position=position) for position, row in enumerate(kinds)]
+    ids = sample(torch.zeros(6, 70, device=device), make_batch(rows, 70, device=device)).token_ids
+    assert set(ids.tolist()) == set(allowed)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("num_bias", [1, 15, 16, 17, 40])
+def test_any_number_of_biases(device: str, num_bias: int) -> None:
+    ids = torch.randperm(90, generator=torch.Generator().manual_seed(num_bias))[:num_bias].tolist()
+    for last in {ids[0], ids[num_bias // 2], ids[-1]}:
+        row = Row(0.0, bias={id_: 20.0 + (id_ == last) for id_ in ids})
+        logits = make_logits(1, 90, seed=14).clamp(-0.4, 0.4).to(device)
+        assert sample(logits, make_batch([row], 90, device=device)).token_ids.tolist() == [last]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_more_logprobs_than_tokens(device: str) -> None:
+    logits = make_logits(2, 5, seed=15)
+    drawn = sample(
+        logits.to(device), make_batch([Row(), Row(0.0)], 3, num_logprobs=6, device=device)
+    )
+    assert drawn.top_ids is not None and drawn.top_logprobs is not None
+    ranking = logits[:, :3].argsort(dim=1, descending=True).tolist()
+    assert drawn.top_ids.tolist() == [ids + [0] * 3 for ids in ranking]
+    assert drawn.top_logprobs[:, 3:].tolist() == [[float("-inf")] * 3] * 2
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_padding_row_leaves_the_others_alone(device: str) -> None:
+    """A padding row of a CUDA graph has no row of counts, and its logits may be anything."""
+    rows = [Row(0.7, top_p=0.9, presence=1.0, counts=COUNTS, seed=4), Row(counts={1: 1})]
+    logits = make_logits(2, 64, seed=16)
+    logits[1] = float("nan")
+    batch = make_batch(rows, 64, num_logprobs=1, device=device)
+    assert batch.rows is not None
+    padded = replace(batch, rows=torch.tensor([int(batch.rows[0]), -1], device=device))
+    whole = sample(logits.to(device), padded)
+    assert 0 <= int(whole.token_ids[1]) < 64
+    assert_same(whole, sample(logits.to(device), batch), 0)
+
+
+@pytest.mark.parametrize("device", DEVICES[-1:])  # the torch body knows no padding
+def test_a_padding_row_reads_no_counts(device: str) -> None:
+    logits = make_logits(1, 40, seed=18)
+    best = int(logits.argmax())
+    batch = make_batch([Row(0.0, presence=100.0, counts={1: 1})], 40, device=device)
+    memory = torch.zeros((3, 50), dtype=torch.int32, device=device)
+    memory[0, best] = 1  # lies before the table
+    padded = replace(batch, output_counts=memory[1:], rows=torch.tensor([-1], device=device))
+    assert sample(logits.to(device), padded).token_ids.tolist() == [best]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_count_tokens(device: str) -> None:
+    memory = torch.full((5, 5), 7, dtype=torch.int32, device=device)
+    counts = memory[1:4]
+    counts.zero_()
+    count_tokens(counts, *(torch.tensor(ids, device=device) for ids in ([0, 2, -1], [4, 1, 3])))
+    count_tokens(counts, *(torch.tensor(ids, device=device) for ids in ([-1, 2], [0, 1])))
+    none = torch.empty(0, dtype=torch.int64, device=device)
+    count_tokens(counts, none, none)
     assert counts.tolist() == [[0, 0, 0, 0, 1], [0] * 5, [0, 2, 0, 0, 0]]
+    assert memory[[0, 4]].tolist() == [[7] * 5] * 2  # canaries
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_many_tokens_are_counted(device: str) -> None:
+    rows, token_ids = torch.arange(300), torch.arange(300) % 7
+    counts = torch.zeros((300, 7), dtype=torch.int32, device=device)
+    count_tokens(counts, rows.to(device), token_ids.to(device))
+    assert torch.equal(counts.cpu(), torch.nn.functional.one_hot(token_ids, 7).int())

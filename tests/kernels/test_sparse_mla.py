@@ -9,6 +9,7 @@ from torch import Tensor
 from kernels import mla, sparse_mla_triton
 from kernels.attention_triton import PagedHeads
 from kernels.batch import PagedBatch
+from kernels.configs import launch_config
 from kernels.mla import latent_shape, mla_attention, sparse_mla_attention
 from tests.kernels.paged import Pages, make_pages, select
 from tests.kernels.passes import (
@@ -131,7 +132,11 @@ def test_long_dense_chunks_are_absorbed(
 @pytest.mark.parametrize("device", DEVICES)
 def test_several_splits_and_several_launches(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     shape = SHAPES[0]
-    monkeypatch.setattr(sparse_mla_triton, "SELECTED_SPLIT", 16)
+    monkeypatch.setattr(
+        sparse_mla_triton,
+        "launch_config",
+        lambda op, **facts: launch_config(op, **facts) | {"SPLIT": 16},
+    )
     monkeypatch.setattr(sparse_mla_triton, "MAX_PARTIAL_VALUES", 2 * 2 * shape[0] * shape[4])
     monkeypatch.setattr(mla, "MAX_GATHERED_ROWS", 2 * TOP_K)
     lengths = LENGTHS["decodes"]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kernels.batch import PagedBatch
 from runtime.models import CausalLM
-from runtime.models.layers import Fp8Format
+from runtime.models.layers import Fp8Format, Placement
 from runtime.weights import build_model, inspect_checkpoint, load_weights
 
 PAGE_SIZE = 8
@@ -23,9 +23,10 @@ def load(
     *,
     fp8: Fp8Format | None = None,
     ignore_attn_factor: bool = False,
+    batch_invariant: bool = False,
 ) -> CausalLM:
     checkpoint = inspect_checkpoint(folder, ignore_attn_factor=ignore_attn_factor)
-    model = build_model(checkpoint, device=torch.device("cpu"), dtype=dtype, fp8=fp8)
+    model = build_model(checkpoint, Placement(torch.device("cpu"), dtype, fp8, batch_invariant))
     load_weights(checkpoint, model)
     return model
 

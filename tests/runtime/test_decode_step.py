@@ -1,4 +1,4 @@
-"""What a decode step asks of the host: nothing, once it is launched."""
+"""A decode step asks nothing of the host, and no row of it follows from its neighbours."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.runtime.checkpoints import (
     QWEN3,
     write_checkpoint,
 )
-from tests.runtime.pages import load
+from tests.runtime.pages import Pages, load, random_tokens
 
 FAMILIES = {
     "llama": LLAMA,
@@ -37,7 +37,7 @@ FAMILIES = {
     "deepseek_v3 fp8": DEEPSEEK_V3_FP8,
     "deepseek_v32, sparse": DEEPSEEK_V32,
 }
-KINDS = [SamplingKind(True, False), SamplingKind(False, True)]
+KINDS = [SamplingKind(True, False, False), SamplingKind(False, True, True)]
 # torch operations that read a value back, or have a shape that follows from values
 READING = {
     "_local_scalar_dense",
@@ -133,3 +133,39 @@ def test_what_reads_back_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         values[values > 1].sum().item()
         values.tolist()
     assert operations.reading == {"index by a mask", "_local_scalar_dense", "tolist"}
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(
+    "name", ["qwen2", "qwen3", "deepseek_v2_lite", "deepseek_v3 fp8", "deepseek_v32, sparse"]
+)
+def test_a_row_has_the_same_bits_alone_and_in_any_batch(name: str, tmp_path: Path) -> None:
+    """Through every op of a decode step and of a prompt's chunk, to the logits.
+
+    Ops that only the other families have are shown in batches of 64 in `tests/kernels`.
+    """
+    fp8 = Fp8Format() if "fp8" in name else None
+    folder = write_checkpoint(tmp_path, FAMILIES[name])
+    model = load(folder, torch.float16, fp8=fp8, batch_invariant=True)
+    pages = Pages(model, torch.float16)
+    generator = torch.Generator().manual_seed(0)
+    for layer in pages.caches:  # whatever the sequences are, their past is there
+        for cache in layer.values():
+            cache.normal_(generator=generator)
+    batch_sizes = [2, 7, 64] if name in ("qwen3", "deepseek_v2_lite") else [2, 7]
+    lengths = [30, *(1 + seq % 7 for seq in range(1, batch_sizes[-1]))]
+    prompts = [random_tokens(length, 101, seed=seq) for seq, length in enumerate(lengths)]
+    decodes = [
+        (seq, prompt, length - 1, length)
+        for seq, (prompt, length) in enumerate(zip(prompts, lengths, strict=True))
+    ]
+    [alone] = pages.step(decodes[0])
+    for num_seqs in batch_sizes:
+        assert torch.equal(pages.step(*decodes[:num_seqs])[0], alone)
+    moved = [*decodes[1:6], decodes[0]]
+    assert torch.equal(pages.step(*moved)[5], alone)
+
+    chunk = (0, prompts[0], 10, 30)
+    [chunk_alone] = pages.step(chunk)
+    beside = pages.step(*decodes[1:3], (3, prompts[3], 0, 3), chunk)
+    assert torch.equal(beside[3], chunk_alone)

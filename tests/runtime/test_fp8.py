@@ -164,7 +164,7 @@ def test_flags_decide_the_format() -> None:
 MEASURE = """
 import json, sys, torch
 from pathlib import Path
-from runtime.models.layers import Fp8Format
+from runtime.models.layers import Fp8Format, Placement
 from runtime.weights import build_model, inspect_checkpoint, load_weights, weight_bytes
 
 def status(key):
@@ -172,13 +172,13 @@ def status(key):
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
 torch.set_num_threads(1)
-options = {"device": torch.device("cpu"), "dtype": torch.bfloat16, "fp8": Fp8Format()}
+placement = Placement(torch.device("cpu"), torch.bfloat16, Fp8Format())
 warm = inspect_checkpoint(Path(sys.argv[2]))  # first calls allocate for good
-load_weights(warm, build_model(warm, **options))
+load_weights(warm, build_model(warm, placement))
 checkpoint = inspect_checkpoint(Path(sys.argv[1]))
 Path("/proc/self/clear_refs").write_text("5")
 before = status("VmRSS")
-model = build_model(checkpoint, **options)
+model = build_model(checkpoint, placement)
 load_weights(checkpoint, model)
 print(json.dumps([status("VmHWM") - before, weight_bytes(model)]))
 """

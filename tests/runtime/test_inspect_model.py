@@ -28,7 +28,7 @@ from runtime.inspect_model import (
 from runtime.models import FAMILIES
 from runtime.models.deepseek_v4 import DeepseekV4Config, Storage
 from runtime.models.deepseek_v4_layout import tensor_layout
-from runtime.models.layers import SCALE_SUFFIX, Fp8Format
+from runtime.models.layers import SCALE_SUFFIX, Fp8Format, Placement
 
 ROOT = Path(__file__).parents[2]
 RELEASED: dict[str, dict[str, Any]] = {
@@ -144,10 +144,8 @@ def family_tensors(
     names = [f"model.layers.{i}.eh_proj.weight" for i in drafts]
     model = family.build(
         family.parse_config(Fields(config, name), names),
-        device=torch.device("meta"),
-        dtype=torch.bfloat16,
-        max_model_len=1,
-        fp8=fp8,
+        Placement(torch.device("meta"), torch.bfloat16, fp8),
+        1,
     )
     prefixes = tuple(f"model.layers.{i}." for i in drafts)
     return model.weight_targets(), prefixes or ("none",)

@@ -11,6 +11,7 @@ import torch
 
 import runtime.weights
 from runtime.errors import CheckpointError
+from runtime.models.layers import Placement
 from runtime.weights import (
     build_model,
     find_checkpoint,
@@ -33,7 +34,7 @@ CPU = torch.device("cpu")
 
 def load(folder: Path, **options: Any) -> Tensors:
     checkpoint = inspect_checkpoint(folder)
-    model = build_model(checkpoint, device=CPU, dtype=torch.float32)
+    model = build_model(checkpoint, Placement(CPU, torch.float32))
     load_weights(checkpoint, model, **options)
     return model.weight_targets()
 
@@ -94,7 +95,7 @@ def test_loading_takes_no_second_copy(tmp_path: Path) -> None:
         pytest.skip("peak memory can only be measured on Linux")
     folder = write_checkpoint(tmp_path, {**LLAMA, "vocab_size": 150_000})  # 58 MB
     checkpoint = inspect_checkpoint(folder)
-    model = build_model(checkpoint, device=CPU, dtype=torch.float32)
+    model = build_model(checkpoint, Placement(CPU, torch.float32))
     clear_refs.write_text("5")  # resets the peak to the present size
     before = peak_memory()
     load_weights(checkpoint, model)
@@ -105,7 +106,7 @@ def test_a_file_cut_after_the_check_is_reported(tmp_path: Path) -> None:
     checkpoint = inspect_checkpoint(write_checkpoint(tmp_path, LLAMA))
     path = tmp_path / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    model = build_model(checkpoint, device=CPU, dtype=torch.float32)
+    model = build_model(checkpoint, Placement(CPU, torch.float32))
     with pytest.raises(CheckpointError, match=r"model\.safetensors: .*: the file ends inside"):
         load_weights(checkpoint, model)
 

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from runtime.config import DTYPES, Fp8Checkpoint
-from runtime.models.layers import Fp8Format
+from runtime.models.layers import Fp8Format, Placement
 from runtime.tokenizer import Tokenizer
 from runtime.weights import (
     Checkpoint,
@@ -118,9 +118,7 @@ def load(folder: Path, dtype: str = "float32") -> Loaded:
     tokenizer = Tokenizer.load(folder)
     # with scales of the other kind, matrices are decoded: both ways of reading them are tried
     fp8 = Fp8Format() if checkpoint.fp8 == Fp8Checkpoint("float32") else None
-    model = build_model(
-        checkpoint, device=torch.device("cpu"), dtype=DTYPES[dtype], max_model_len=64, fp8=fp8
-    )
+    model = build_model(checkpoint, Placement(torch.device("cpu"), DTYPES[dtype], fp8), 64)
     load_weights(checkpoint, model)
     return Loaded(checkpoint, model.weight_targets(), tokenizer)
 
