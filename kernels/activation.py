@@ -19,6 +19,15 @@ from kernels.dispatch import use_triton
 
 
 @triton.jit
+def gated_product(gate, up, dtype: tl.constexpr):
+    # silu(gate) * up; gate, up and SiLU are rounded to dtype, and the product is
+    gate32 = gate.to(dtype).to(tl.float32)
+    decay = tl.exp(-tl.abs(gate32))  # never overflows
+    silu = (gate32 * tl.where(gate32 >= 0, 1.0, decay) / (1.0 + decay)).to(dtype)
+    return (silu.to(tl.float32) * up.to(dtype).to(tl.float32)).to(dtype)
+
+
+@triton.jit
 def silu_and_mul_kernel(
     gate_up_ptr,  # [num_tokens, 2 * size], rows row_stride apart
     out_ptr,  # [num_tokens, size]
@@ -31,11 +40,8 @@ def silu_and_mul_kernel(
     inside = columns < size
     gate = tl.load(gate_up_ptr + token * row_stride + columns, mask=inside, other=0.0)
     up = tl.load(gate_up_ptr + token * row_stride + size + columns, mask=inside, other=0.0)
-    gate32 = gate.to(tl.float32)
-    decay = tl.exp(-tl.abs(gate32))  # never overflows
-    silu = (gate32 * tl.where(gate32 >= 0, 1.0, decay) / (1.0 + decay)).to(up.dtype)
-    gated = silu.to(tl.float32) * up.to(tl.float32)
-    tl.store(out_ptr + token * size + columns, gated.to(up.dtype), mask=inside)
+    gated = gated_product(gate, up, out_ptr.dtype.element_ty)
+    tl.store(out_ptr + token * size + columns, gated, mask=inside)
 
 
 def silu_and_mul(gate_up: Tensor) -> Tensor:

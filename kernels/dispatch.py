@@ -20,6 +20,7 @@ def use_triton(tensor: Tensor) -> bool:
     return tensor.is_cuda or interpreting()
 
 
+@functools.cache
 def capability_of(device: torch.device) -> int:
     """Compute capability, 90 for sm_90; the interpreter takes the tiles of an H200."""
     if device.type != "cuda":

@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import linear_slices_triton
-from kernels.linear_slices_triton import features_of, gated_product, size_of_slice
+from kernels.activation import gated_product
+from kernels.linear_slices_triton import features_of, size_of_slice
 
 
 @triton.jit

@@ -11,16 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.activation import gated_product
 from kernels.configs import launch_config
-
-
-@triton.jit
-def gated_product(gate, up, dtype: tl.constexpr):
-    # silu(gate) * up with the roundings of kernels.activation
-    gate32 = gate.to(dtype).to(tl.float32)
-    decay = tl.exp(-tl.abs(gate32))  # never overflows
-    silu = (gate32 * tl.where(gate32 >= 0, 1.0, decay) / (1.0 + decay)).to(dtype)
-    return (silu.to(tl.float32) * up.to(dtype).to(tl.float32)).to(dtype)
 
 
 @triton.jit

@@ -23,10 +23,11 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import linear_slices_triton
+from kernels.activation import gated_product
 from kernels.configs import launch_config
 from kernels.dispatch import capability_of
 from kernels.linear_gemv_triton import launch_gemv
-from kernels.linear_slices_triton import features_of, gated_product, size_of_slice
+from kernels.linear_slices_triton import features_of, size_of_slice
 
 # with fewer programs each slice becomes a program
 MIN_PROGRAMS_PER_MULTIPROCESSOR = 2

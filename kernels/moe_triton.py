@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.activation import gated_product
 from kernels.configs import Fact, launch_config
 from kernels.dispatch import capability_of, multiplies_fp8
 from kernels.moe_align_triton import align
@@ -88,14 +89,10 @@ def _store(
     out = total
     columns = block_id * BLOCK_N + tl.arange(0, BLOCK_N)
     if GATED:
-        # gate, up and silu(gate) are rounded as kernels.activation rounds them
         out_size = out_features // 2
         columns = block_id * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
-        rounded = total.to(out_ptr.dtype.element_ty).to(tl.float32)
-        gate, up = tl.split(tl.reshape(rounded, (BLOCK_M, BLOCK_N // 2, 2)))
-        decay = tl.exp(-tl.abs(gate))  # never overflows
-        silu = gate * tl.where(gate >= 0, 1.0, decay) / (1.0 + decay)
-        out = silu.to(out_ptr.dtype.element_ty).to(tl.float32) * up
+        gate, up = tl.split(tl.reshape(total, (BLOCK_M, BLOCK_N // 2, 2)))
+        out = gated_product(gate, up, out_ptr.dtype.element_ty)
     tl.store(
         out_ptr + out_ids[:, None] * out_size + columns[None, :],
         out.to(out_ptr.dtype.element_ty),
