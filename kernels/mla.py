@@ -203,13 +203,18 @@ def _launch(
     bound = max_expanded_context(num_heads, nope, q_pe.shape[2], v_head_dim)
     has_long = batch.num_decodes < batch.num_seqs and batch.max_context_len > bound
     num_absorbed = num_tokens if has_long else batch.num_decodes
-    out = q_nope.new_empty((num_tokens, num_heads, v_head_dim))
-    if num_absorbed:
+    absorbed = None
+    if num_absorbed > 0:
         q_latent = absorb(q_nope[:num_absorbed], kv_b_weight, batch_invariant)
         heads = _absorbed_heads(q_latent, q_pe, latent_cache, batch)
         attended = _attended_rows(heads.q, has_long)  # [num_absorbed, num_heads, rank]
         _attend_absorbed(heads, batch, scale, bound, attended)
-        out[:num_absorbed] = expand_values(attended, kv_b_weight[:, nope:], batch_invariant)
+        absorbed = expand_values(attended, kv_b_weight[:, nope:], batch_invariant)
+        if batch.num_decodes == num_tokens:
+            return absorbed
+    out = q_nope.new_empty((num_tokens, num_heads, v_head_dim))
+    if absorbed is not None:
+        out[:num_absorbed] = absorbed
     _attend_expanded(
         q_nope, q_pe, latent_cache, kv_b_weight, batch, scale, bound, batch_invariant, out
     )
