@@ -139,16 +139,17 @@ def paged_attention_kernel(
                 other=0,
             )
             slots = pages.to(tl.int64) * PAGE_SIZE + keys % PAGE_SIZE
-            k_columns = slots * k_slot_stride + kv_head * k_head_stride
+            k_starts = slots * k_slot_stride + kv_head * k_head_stride
+            # loaded as rows, which are also the values of latents: else no copy runs ahead
             k = tl.load(
-                k_ptr + k_columns[None, :] + main[:, None],
-                mask=is_key[None, :] & (main < MAIN_DIM)[:, None],
+                k_ptr + k_starts[:, None] + main[None, :],
+                mask=is_key[:, None] & (main < MAIN_DIM)[None, :],
                 other=0.0,
-            )  # [MAIN_BLOCK, BLOCK_N]
-            scores = tl.dot(q, k, input_precision="ieee")
+            )  # [BLOCK_N, MAIN_BLOCK]
+            scores = tl.dot(q, tl.trans(k), input_precision="ieee")
             if TAIL_BLOCK:
                 k_tail = tl.load(
-                    k_tail_ptr + k_columns[None, :] + tail[:, None],
+                    k_tail_ptr + k_starts[None, :] + tail[:, None],
                     mask=is_key[None, :] & (tail < TAIL_DIM)[:, None],
                     other=0.0,
                 )
@@ -163,7 +164,7 @@ def paged_attention_kernel(
             shrink = tl.exp2(highest - new_highest)
             total = total * shrink + tl.sum(weights, axis=1)
             if v_ptr is None:
-                v = tl.trans(k)
+                v = k
             else:
                 v_rows = slots * v_slot_stride + kv_head * v_head_stride
                 v = tl.load(
@@ -271,7 +272,7 @@ def attend_decodes(
         _launch(heads, batch, scale, config, out, None, grid, range(NO_LIMIT))
         return
     num_heads = heads.q.shape[1]
-    at_once = max(MAX_PARTIAL_VALUES // (num_heads * max_splits * shape.v_dim), 1)
+    at_once = decodes_at_once(num_heads * max_splits * shape.v_dim)
     for first in range(0, batch.num_decodes, at_once):
         last = min(first + at_once, batch.num_decodes)
         partial_shape = (last - first, num_heads, max_splits)
@@ -282,6 +283,15 @@ def attend_decodes(
         few = replace(batch, context_lens=batch.context_lens[first:last])
         _launch(rows, few, scale, config, partial, lse, grid)
         combine_splits(partial, lse, out[first:last], few.context_lens, config)
+
+
+def decodes_at_once(values_per_decode: int) -> int:
+    """How many decodes one launch takes, within `MAX_PARTIAL_VALUES`.
+
+    A multiple of 4 where it can be, so that each launch's part of an int32 array is aligned alike.
+    """
+    count = max(MAX_PARTIAL_VALUES // values_per_decode, 1)
+    return count if count < 4 else count // 4 * 4
 
 
 def _decode_rows(heads: PagedHeads, first: int, last: int) -> PagedHeads:

@@ -160,7 +160,8 @@ def moe_experts(
             say W8A8 have their input quantized: ``x``, and what the gate lets through.
         shared: [num_tokens, hidden_size], dtype of ``x``, or None: what the shared experts gave,
             added to the sum once it is rounded.
-        batch_invariant: on a GPU, launch as for one token whatever the number of tokens.
+        batch_invariant: on a GPU, launch as for one token whatever the number of tokens; several
+            times slower for prompts.
 
     Returns:
         [num_tokens, hidden_size] in the dtype of ``x``. On a CPU a row has the same bits in any

@@ -30,7 +30,7 @@ from kernels.configs import Fact, launch_config
 from kernels.dispatch import capability_of, multiplies_fp8
 from kernels.moe_align_triton import align
 from kernels.quant import Fp8Weight
-from kernels.quant_triton import fp8_product, quantize_activations
+from kernels.quant_triton import E4M3_CAPABILITY, fp8_product, quantize_activations
 
 
 @triton.jit
@@ -162,6 +162,7 @@ def grouped_fp8_linear_kernel(
     GATED: tl.constexpr,
     QUANTIZED_ROWS: tl.constexpr,  # W8A8
     FP8_DOT: tl.constexpr,  # W8A8 in fp8 matrix units; else both sides decoded to fp16
+    HAS_E4M3: tl.constexpr,
     EXPERTS_BLOCK: tl.constexpr,  # the power of two that holds num_experts
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -192,6 +193,7 @@ def grouped_fp8_linear_kernel(
         num_scales,
         QUANTIZED_ROWS,
         FP8_DOT,
+        HAS_E4M3,
         BLOCK_M,
         BLOCK_N,
         BLOCK_K,
@@ -270,6 +272,7 @@ def grouped_fp8_linear_config(
     )
     experts_block = triton.next_power_of_2(int(facts["num_experts"]))
     formats = {"QUANTIZED_ROWS": quantized, "FP8_DOT": fp8_dot}
+    formats["HAS_E4M3"] = arch >= E4M3_CAPABILITY
     return {"GATED": gated, "EXPERTS_BLOCK": experts_block, **formats, **blocks}
 
 

@@ -34,6 +34,9 @@ _MIN_SCALE = tl.constexpr(2.0**-126)
 _MAX_SPLIT_ROWS = 64  # more rows are enough programs
 
 
+E4M3_CAPABILITY = 89  # sm_80 and sm_86 know no such type
+
+
 @triton.jit
 def e4m3_to_float(bits):
     # finite e4m3 -> fp16, exactly: the same bits one exponent bias of 15 - 7 further up
@@ -80,6 +83,7 @@ def fp8_product(
     num_scales,
     QUANTIZED_ROWS: tl.constexpr,  # W8A8
     FP8_DOT: tl.constexpr,  # W8A8 in fp8 matrix units; else both sides decoded to fp16
+    HAS_E4M3: tl.constexpr,  # the chip converts e4m3 itself, in half the instructions
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,  # divides 128, so that a step has one scale
@@ -109,6 +113,8 @@ def fp8_product(
         elif QUANTIZED_ROWS:
             rows = e4m3_to_float(rows)
             weights = e4m3_to_float(weights)
+        elif HAS_E4M3:
+            weights = weights.to(tl.float8e4nv, bitcast=True).to(rows.dtype)
         else:
             weights = e4m3_to_float(weights).to(rows.dtype)
         total += tl.dot(rows, weights, input_precision="ieee") * scales
@@ -131,6 +137,7 @@ def fp8_linear_kernel(
     num_scales,  # of a row: ceil(in_features / 128)
     QUANTIZED_ROWS: tl.constexpr,
     FP8_DOT: tl.constexpr,
+    HAS_E4M3: tl.constexpr,
     SLICES: tl.constexpr,
     SPLIT: tl.constexpr,  # a program has one slice; else it has all of them
     BLOCK_M: tl.constexpr,
@@ -165,6 +172,7 @@ def fp8_linear_kernel(
             num_scales,
             QUANTIZED_ROWS,
             FP8_DOT,
+            HAS_E4M3,
             BLOCK_M,
             BLOCK_N,
             BLOCK_K,
@@ -272,7 +280,8 @@ def fp8_linear_config(
         aligned=in_features % 16 == 0,
         fp8_dot=quantized and fp8_dot,
     )
-    return {"QUANTIZED_ROWS": quantized, "FP8_DOT": quantized and fp8_dot, **blocks}
+    formats = {"QUANTIZED_ROWS": quantized, "FP8_DOT": quantized and fp8_dot}
+    return {**formats, "HAS_E4M3": arch >= E4M3_CAPABILITY, **blocks}
 
 
 def fp8_linear(

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from kernels.attention_triton import (
     LOG2_E,
-    MAX_PARTIAL_VALUES,
     HeadShape,
     PagedHeads,
     attention_facts,
+    decodes_at_once,
     shape_constants,
 )
 from kernels.batch import PagedBatch
@@ -123,14 +123,16 @@ def sparse_attention_kernel(
         keys = tl.load(selected_ptr + token * top_k + places, mask=is_key, other=0)
         pages = tl.load(table_ptr + keys // PAGE_SIZE, mask=is_key, other=0)
         slots = pages.to(tl.int64) * PAGE_SIZE + keys % PAGE_SIZE
-        k_rows = k_ptr + slots[None, :] * (MAIN_DIM + TAIL_DIM)
+        k_starts = k_ptr + slots * (MAIN_DIM + TAIL_DIM)
         k = tl.load(
-            k_rows + main[:, None], mask=is_key[None, :] & is_main[:, None], other=0.0
-        )  # [MAIN_BLOCK, BLOCK_N]
+            k_starts[:, None] + main[None, :], mask=is_key[:, None] & is_main[None, :], other=0.0
+        )  # [BLOCK_N, MAIN_BLOCK]
         k_tail = tl.load(
-            k_rows + MAIN_DIM + tail[:, None], mask=is_key[None, :] & is_tail[:, None], other=0.0
+            k_starts[None, :] + MAIN_DIM + tail[:, None],
+            mask=is_key[None, :] & is_tail[:, None],
+            other=0.0,
         )
-        scores = tl.dot(q, k, input_precision="ieee")
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         scores = tl.dot(q_tail, k_tail, scores, input_precision="ieee")
         scores = tl.where(is_key[None, :], scores * scale_log2, float("-inf"))
         # every block has a key: the maximum is finite from the first block
@@ -138,8 +140,7 @@ def sparse_attention_kernel(
         weights = tl.exp2(scores - new_highest[:, None])
         shrink = tl.exp2(highest - new_highest)
         total = total * shrink + tl.sum(weights, axis=1)
-        v = tl.trans(k)
-        out = tl.dot(weights.to(v.dtype), v, out * shrink[:, None], input_precision="ieee")
+        out = tl.dot(weights.to(k.dtype), k, out * shrink[:, None], input_precision="ieee")
         highest = new_highest
 
     out = out / total[:, None]
@@ -191,7 +192,7 @@ def attend_selected(
     # the combining kernel counts splits by contexts: of what is attended here, 0 where nothing is
     context_lens = batch.context_lens[:num_decodes]
     attended_lens = torch.where(context_lens > top_k, top_k, 0).to(torch.int32)
-    at_once = max(MAX_PARTIAL_VALUES // (shape.group_size * num_splits * shape.v_dim), 1)
+    at_once = decodes_at_once(shape.group_size * num_splits * shape.v_dim)
     for first in range(0, num_decodes, at_once):
         rows = range(first, min(first + at_once, num_decodes))
         partial_shape = (len(rows), shape.group_size, num_splits)

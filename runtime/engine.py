@@ -208,9 +208,12 @@ class Engine:
         Raises `ConfigError`.
         """
         num_prompt = min(20, self.info.max_model_len - 2)
+        greedy = SamplingParams(max_tokens=2, ignore_eos=True, temperature=0.0)
         drawn = SamplingParams(max_tokens=2, ignore_eos=True, top_p=0.9, seed=0)
-        for params in (SamplingParams(max_tokens=2, ignore_eos=True, temperature=0.0), drawn):
-            self.add([0] * max(num_prompt, 1), params)
+        # kernels differ for 1, 2, 3, 4 and more rows, and compiling one takes a second
+        for num_seqs in range(min(5, self.info.max_num_seqs), 0, -1):
+            for _ in range(num_seqs):
+                self.add([0] * max(num_prompt, 1), greedy if num_seqs == 1 else drawn)
             try:
                 while self.has_work:
                     self.step()

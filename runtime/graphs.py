@@ -61,13 +61,14 @@ class CudaQueue:
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
+        # one for all: the allocator keeps what each stream has used
+        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
     def record(self, step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         # `torch.cuda.graph` would also collect garbage, a quarter of a second each time
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(self._stream):
             step()  # kernels must be compiled and loaded before a capture
             torch.cuda.synchronize()
             graph.capture_begin(pool=self._pool)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import mla, sparse_mla_triton
+from kernels import attention_triton, mla, sparse_mla_triton
 from kernels.attention_triton import PagedHeads
 from kernels.batch import PagedBatch
 from kernels.configs import launch_config
@@ -137,7 +137,7 @@ def test_several_splits_and_several_launches(device: str, monkeypatch: pytest.Mo
         "launch_config",
         lambda op, **facts: launch_config(op, **facts) | {"SPLIT": 16},
     )
-    monkeypatch.setattr(sparse_mla_triton, "MAX_PARTIAL_VALUES", 2 * 2 * shape[0] * shape[4])
+    monkeypatch.setattr(attention_triton, "MAX_PARTIAL_VALUES", 2 * 2 * shape[0] * shape[4])
     monkeypatch.setattr(mla, "MAX_GATHERED_ROWS", 2 * TOP_K)
     lengths = LENGTHS["decodes"]
     case = make(lengths, shape, torch.float32)
