@@ -89,8 +89,8 @@ BatchInvariant = Annotated[
     bool,
     typer.Option(
         "--batch-invariant",
-        help="On a GPU, keep an answer from depending on the requests beside it, to the last bit; "
-        "slower.",
+        help="On a GPU, keep every bit of an answer from depending on how many requests run beside "
+        "it; slower.",
     ),
 ]
 CudaGraphs = Annotated[

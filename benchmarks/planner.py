@@ -53,12 +53,13 @@ class SleepingQueue:
     """A device that sleeps through each step it is given, one after the other."""
 
     step_seconds: float
+    num_rows: int
     free_at: float = 0.0  # when the device will have done what it was given
     asleep: float = 0.0  # seconds in which the host waited for the device
     idle: list[float] = field(default_factory=list)  # device's seconds without work, per replay
 
     def record(self, step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        output = torch.full((4096,), 7)
+        output = torch.full((self.num_rows,), 7)
 
         def replay() -> None:
             now = time.perf_counter()
@@ -107,7 +108,8 @@ def make_engine(num_seqs: int, num_steps: int, queue: SleepingQueue) -> Engine:
 
 def measure(num_seqs: int, num_steps: int) -> tuple[float, float, float]:
     """Host seconds per step (median, 95th percentile) and the device's idle seconds in all."""
-    queue = SleepingQueue(STEP_SECONDS[min(STEP_SECONDS, key=lambda n: abs(n - num_seqs))])
+    seconds = STEP_SECONDS[min(STEP_SECONDS, key=lambda n: abs(n - num_seqs))]
+    queue = SleepingQueue(seconds, num_seqs)
     engine = make_engine(num_seqs, num_steps, queue)
     params = SamplingParams(temperature=0.6, top_p=0.95, max_tokens=num_steps + 16, ignore_eos=True)
     for _ in range(num_seqs):

@@ -50,6 +50,9 @@ class Runner(Protocol):
     def launch(self, plan: Plan) -> RunningStep:
         """Start a step behind those already started, without waiting for any."""
 
+    def record_all(self) -> None:
+        """Record every decode step that is usual, now instead of when it comes up."""
+
 
 @dataclass(slots=True)
 class Completion:
@@ -149,9 +152,7 @@ class Engine:
             runner.record_steps()
         engine = cls(runner, make_scheduler(info), info, tokenizer)
         if device.type == "cuda":
-            engine.warm_up()
-            if config.cuda_graphs == "start":
-                runner.record_all()
+            engine.warm_up(record_all=config.cuda_graphs == "start")
         return engine
 
     # -- the step API ----------------------------------------------------------------------
@@ -173,7 +174,7 @@ class Engine:
         return self.scheduler.has_work or bool(self._in_flight)
 
     def step(self) -> list[TokenEvent]:
-        """Launch what is due and commit the oldest step, if more are under way than may run ahead.
+        """Launch what is due, and commit the oldest step once enough are under way.
 
         Empty if there is nothing to do or nothing to report yet.
         """
@@ -188,7 +189,7 @@ class Engine:
         return self.scheduler.commit(plan, running.tokens())
 
     def fail_running(self) -> list[TokenEvent]:
-        """End every running sequence after a step that raised; the waiting ones are untouched."""
+        """End every sequence that runs or had a step under way, after one that raised."""
         self._in_flight.clear()
         return self.scheduler.fail_running()
 
@@ -202,27 +203,29 @@ class Engine:
             "num_free_pages": self.scheduler.pool.num_free,
         }
 
-    def warm_up(self) -> None:
+    def warm_up(self, *, record_all: bool = False) -> None:
         """Compile what every request needs, so that a GPU that cannot run it fails the start.
 
         Raises `ConfigError`.
         """
-        num_prompt = min(20, self.info.max_model_len - 2)
+        num_prompt = max(min(20, self.info.max_model_len - 2), 1)
         greedy = SamplingParams(max_tokens=2, ignore_eos=True, temperature=0.0)
         drawn = SamplingParams(max_tokens=2, ignore_eos=True, top_p=0.9, seed=0)
-        # kernels differ for 1, 2, 3, 4 and more rows, and compiling one takes a second
-        for num_seqs in range(min(5, self.info.max_num_seqs), 0, -1):
-            for _ in range(num_seqs):
-                self.add([0] * max(num_prompt, 1), greedy if num_seqs == 1 else drawn)
-            try:
+        try:
+            # kernels differ for 1, 2, 3, 4 and more rows, and compiling one takes a second
+            for num_seqs in range(min(5, self.info.max_num_seqs), 0, -1):
+                for _ in range(num_seqs):
+                    self.add([0] * num_prompt, greedy if num_seqs == 1 else drawn)
                 while self.has_work:
                     self.step()
-            except Exception as error:  # whatever driver, compiler or memory raise
-                reason = " ".join(str(error).split())[:300]
-                raise ConfigError(
-                    f"{self.info.device} cannot run the kernels; use --device cpu "
-                    f"({type(error).__name__}: {reason})"
-                ) from error
+            if record_all:
+                self.runner.record_all()
+        except Exception as error:  # whatever driver, compiler or memory raise
+            reason = " ".join(str(error).split())[:300]
+            raise ConfigError(
+                f"{self.info.device} cannot run the kernels; use --device cpu "
+                f"({type(error).__name__}: {reason})"
+            ) from error
 
     # -- offline use -----------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ dummy page. Graphs end with drawn tokens, or with logits where the sampling is o
 
 from __future__ import annotations
 
+import contextlib
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -61,18 +62,23 @@ class CudaQueue:
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
-        # one for all: the allocator keeps what each stream has used
+        # one for all: memory is shared only between captures on the same stream
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
     def record(self, step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        # `torch.cuda.graph` would also collect garbage, a quarter of a second each time
+        # `torch.cuda.graph` would also empty the allocator's caches each time
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(self._stream):
             step()  # kernels must be compiled and loaded before a capture
             torch.cuda.synchronize()
             graph.capture_begin(pool=self._pool)
-            output = step()
+            try:
+                output = step()
+            except Exception:
+                with contextlib.suppress(RuntimeError):  # it only says that the capture broke off
+                    graph.capture_end()
+                raise
             graph.capture_end()
         return graph.replay, output
 
@@ -91,7 +97,10 @@ class _Graph:
 
 
 class DecodeGraphs:
-    """The recorded steps, each made when it is first needed or by ``record``."""
+    """The recorded steps, each made when it is first needed or by ``record``.
+
+    A step for whose recording the memory does not suffice is not recorded.
+    """
 
     def __init__(
         self,
@@ -112,25 +121,29 @@ class DecodeGraphs:
         self._device = device
         self._step = step
         self._padding = padding
-        self._graphs: dict[GraphKey, _Graph] = {}
+        self._graphs: dict[GraphKey, _Graph | None] = {}
 
     @property
     def num_graphs(self) -> int:
-        return len(self._graphs)
+        return sum(graph is not None for graph in self._graphs.values())
 
-    def plain_keys(self) -> list[GraphKey]:
-        """Every graph that ends with drawn tokens, the largest first: the others fit its memory."""
+    def usual_keys(self) -> list[GraphKey]:
+        """The graphs of every size and limit, but for rare mixtures of filters, large ones first.
+
+        The others find room in the memory of the largest.
+        """
         kinds = [
-            SamplingKind(all_greedy=True, any_filter=False, any_top_k=False),
-            SamplingKind(all_greedy=False, any_filter=False, any_top_k=False),
-            SamplingKind(all_greedy=False, any_filter=True, any_top_k=False),
-            SamplingKind(all_greedy=False, any_filter=True, any_top_k=True),
+            None,
+            SamplingKind(all_greedy=False, any_filter=True, any_top_k=True, any_top_p=True),
+            SamplingKind(all_greedy=False, any_filter=True, any_top_p=True),
+            SamplingKind(all_greedy=False),
+            SamplingKind(all_greedy=True),
         ]
         return [
             GraphKey(size, limit, kind)
             for size in reversed(self.batch_sizes)
             for limit in reversed(self.context_limits)
-            for kind in reversed(kinds)
+            for kind in kinds
         ]
 
     def key_of(self, plan: Plan, kind: SamplingKind | None) -> GraphKey | None:
@@ -143,34 +156,41 @@ class DecodeGraphs:
             if not chunk.samples:
                 return None
             longest = max(longest, chunk.end)
-        return GraphKey(
+        key = GraphKey(
             batch_size=self.batch_sizes[bisect_left(self.batch_sizes, num_seqs)],
             context_limit=self.context_limits[bisect_left(self.context_limits, longest)],
             kind=kind if kind.is_plain else None,
         )
+        return key if self.record(key) else None
 
     def run(self, key: GraphKey, staging: Staging, fields: list[Field]) -> tuple[Inputs, Tensor]:
-        """Replay a step on packed inputs: its inputs on the device and its output.
+        """Replay the step of a key that `key_of` gave: its inputs on the device and its output.
 
         Both are overwritten by the next replay; read or copy them on the same stream before.
         """
-        graph = self.record(key)
+        graph = self._graphs[key]
+        assert graph is not None
         staging.upload_into(graph.block, fields)
         graph.replay()
         return graph.inputs, graph.output
 
-    def record(self, key: GraphKey) -> _Graph:
-        """The graph of a key, made now if it is not there."""
-        graph = self._graphs.get(key)
-        if graph is None:
-            staging = Staging(self._device)
-            fields = staging.pack(self._padding(key))
-            block = torch.empty(end_of(fields), dtype=torch.uint8, device=self._device)
-            staging.upload_into(block, fields)
-            inputs = views(block, fields)
-            replay, output = self._queue.record(lambda: self._step(key, inputs))
-            graph = self._graphs[key] = _Graph(block, inputs, replay, output)
-        return graph
+    def record(self, key: GraphKey) -> bool:
+        """Make the graph of a key if it is not there; whether it is there now."""
+        if key not in self._graphs:
+            try:
+                self._graphs[key] = self._record(key)
+            except torch.OutOfMemoryError:
+                self._graphs[key] = None
+        return self._graphs[key] is not None
+
+    def _record(self, key: GraphKey) -> _Graph:
+        staging = Staging(self._device)
+        fields = staging.pack(self._padding(key))
+        block = torch.empty(end_of(fields), dtype=torch.uint8, device=self._device)
+        staging.upload_into(block, fields)
+        inputs = views(block, fields)
+        replay, output = self._queue.record(lambda: self._step(key, inputs))
+        return _Graph(block, inputs, replay, output)
 
 
 def batch_sizes(max_num_seqs: int) -> list[int]:

@@ -36,8 +36,8 @@ class StepShape:
     num_sampled: int
 
 
-class _Memory:
-    """What a step needs on the host until its tokens are read."""
+class _StepStaging:
+    """The host memory of one step, which must stay as it is until its tokens are read."""
 
     def __init__(self, device: torch.device) -> None:
         self.inputs = Staging(device)
@@ -52,17 +52,17 @@ class LaunchedStep:
         chunks: list[Chunk],
         drawn: Sampled | None,
         wait: Callable[[], None],
-        free_memory: Callable[[], None],
+        give_back: Callable[[], None],
     ) -> None:
         self._chunks = chunks
         self._drawn = drawn
         self._wait = wait
-        self._free_memory = free_memory
+        self._give_back = give_back
 
     def tokens(self) -> list[SampledToken]:
         """Wait for the step; one token per sampling chunk. Call it once."""
         self._wait()
-        self._free_memory()
+        self._give_back()
         return [] if self._drawn is None else _tokens(self._drawn, self._chunks)
 
 
@@ -103,6 +103,7 @@ class ModelRunner:
         self.queue = queue or (CudaQueue() if device.type == "cuda" else HostQueue())
         self.graphs: DecodeGraphs | None = None
         # Rows of sequences, then one of padding. The device's copies are changed by steps only.
+        self._max_num_seqs, self._max_model_len = max_num_seqs, max_model_len
         self._padding_row = max_num_seqs
         self._pages_per_seq = -(-max_model_len // page_size)
         table_shape = (max_num_seqs + 1, self._pages_per_seq)
@@ -111,21 +112,26 @@ class ModelRunner:
         self._device_tables = torch.full(table_shape, DUMMY_PAGE, dtype=torch.int32, device=device)
         self._last_tokens = torch.zeros(max_num_seqs + 1, dtype=torch.int64, device=device)
         self._recorded_logits: Tensor | None = None  # one for all graphs: large batches need much
-        self._free_memory: list[_Memory] = []
+        self._idle_staging: list[_StepStaging] = []
 
     def record_steps(self) -> None:
         """From now on record each decode step that is new and replay those that are not."""
-        max_num_seqs = self._padding_row
-        max_model_len = self._pages_per_seq * self.page_size
         self.graphs = DecodeGraphs(
-            self.queue, self.device, max_num_seqs, max_model_len, self._recorded_step, self._padding
+            self.queue,
+            self.device,
+            self._max_num_seqs,
+            self._max_model_len,
+            self._recorded_step,
+            self._padding,
         )
 
     @torch.inference_mode()
     def record_all(self) -> None:
-        """Record now what could come up later, but for logits alone; needs `record_steps`."""
+        """Record every decode step that is usual, now instead of when it comes up."""
+        if self.graphs is None:
+            self.record_steps()
         assert self.graphs is not None
-        for key in self.graphs.plain_keys():
+        for key in self.graphs.usual_keys():
             self.graphs.record(key)
 
     @torch.inference_mode()
@@ -134,31 +140,31 @@ class ModelRunner:
         for seq in plan.started:
             self._num_pages[seq.row] = 0
             self.sampler.start(seq)
-        memory = self._free_memory.pop() if self._free_memory else _Memory(self.device)
+        staging = self._idle_staging.pop() if self._idle_staging else _StepStaging(self.device)
         sampling = [chunk for chunk in plan.chunks if chunk.samples]
         rows = np.array([chunk.seq.row for chunk in sampling], np.int64)
         kind = self.sampler.kind_of(rows) if sampling else None
         key = self.graphs.key_of(plan, kind) if self.graphs else None
         arrays, shape = self._arrays(plan, sampling, key)
-        fields = memory.inputs.pack(arrays)
+        fields = staging.inputs.pack(arrays)
         drawn: Sampled | None = None
         if key is not None and self.graphs is not None:
-            inputs, output = self.graphs.run(key, memory.inputs, fields)
+            inputs, output = self.graphs.run(key, staging.inputs, fields)
             if key.kind is not None:
                 drawn = Sampled(output)
         else:
-            inputs = memory.inputs.upload(fields)
+            inputs = staging.inputs.upload(fields)
             output = self._logits(inputs, shape)
         if drawn is None and kind is not None:
             if not kind.is_plain:
                 extra = self.sampler.extra_arrays(
                     kind, arrays["sample_rows"], sampling, self.eos_token_ids
                 )
-                inputs = inputs | memory.extra.upload(memory.extra.pack(extra))
+                inputs = inputs | staging.extra.upload(staging.extra.pack(extra))
             drawn = self._sample(output, inputs, kind)
         read = None if drawn is None else self._start_reading(drawn)
         return LaunchedStep(
-            sampling, read, self.queue.mark(), lambda: self._free_memory.append(memory)
+            sampling, read, self.queue.mark(), lambda: self._idle_staging.append(staging)
         )
 
     # -- what runs on the device, recorded or not ------------------------------------------
@@ -228,8 +234,9 @@ class ModelRunner:
             rows.append(row)
             starts.append(chunk.start)
             ends.append(chunk.end)
-            # a token that is still being drawn is negative: the device knows it
-            token_ids += seq.token_range(chunk.start, chunk.end) or (-1,)
+            known = seq.token_range(chunk.start, chunk.end)
+            # a chunk is known, or is one token that is still being drawn: the device has it
+            token_ids += known or (-1,)
             num_known = self._num_pages[row]
             if num_known < len(seq.block_table):
                 new = seq.block_table[num_known:]

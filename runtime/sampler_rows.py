@@ -24,12 +24,13 @@ from runtime.staging import Array
 class SamplingKind:
     """What the host knows of a step's sampling; it picks kernels, and the graph to replay.
 
-    ``any_filter`` covers top-k, top-p and min-p; ``any_top_k`` is set with it where it may be one.
+    ``any_filter``: some row uses top-k, top-p or min-p; the two after it say which.
     """
 
     all_greedy: bool
-    any_filter: bool
-    any_top_k: bool
+    any_filter: bool = False
+    any_top_k: bool = False
+    any_top_p: bool = False
     has_penalties: bool = False
     has_bias: bool = False
     num_logprobs: int = -1
@@ -55,8 +56,9 @@ class SamplerRows:
         self.frequency = np.zeros(num_rows, np.float32)
         self.repetition = np.ones(num_rows, np.float32)
         self.seeds = np.zeros(num_rows, np.int64)
-        self.is_cut = np.zeros(num_rows, np.bool_)  # by top-k
-        self.is_filtered = np.zeros(num_rows, np.bool_)
+        self.uses_top_k = np.zeros(num_rows, np.bool_)
+        self.uses_top_p = np.zeros(num_rows, np.bool_)
+        self.uses_min_p = np.zeros(num_rows, np.bool_)
         self.is_penalized = np.zeros(num_rows, np.bool_)
         self.is_biased = np.zeros(num_rows, np.bool_)
         self.num_logprobs = np.full(num_rows, -1, np.int32)
@@ -73,10 +75,10 @@ class SamplerRows:
         self.frequency[row] = params.frequency_penalty
         self.repetition[row] = params.repetition_penalty
         self.seeds[row] = seq.seed
-        self.is_cut[row] = params.temperature > 0 and params.top_k > 0
-        self.is_filtered[row] = params.temperature > 0 and (
-            params.top_k > 0 or params.top_p < 1 or params.min_p > 0
-        )
+        draws = params.temperature > 0
+        self.uses_top_k[row] = draws and params.top_k > 0
+        self.uses_top_p[row] = draws and params.top_p < 1
+        self.uses_min_p[row] = draws and params.min_p > 0
         self.is_penalized[row] = params.has_penalties
         self.is_biased[row] = bool(params.logit_bias) or params.min_tokens > 0
         self.num_logprobs[row] = -1 if params.logprobs is None else params.logprobs
@@ -84,17 +86,22 @@ class SamplerRows:
             if self.output_counts is None:
                 shape = (len(self.seeds), self.vocab_size)
                 self.output_counts = torch.zeros(shape, dtype=torch.int32, device=self.device)
-            self.output_counts[row].zero_()
-            if seq.output_ids:
-                counts = np.bincount(seq.output_ids, minlength=self.vocab_size).astype(np.int32)
-                self.output_counts[row].copy_(torch.from_numpy(counts))
+            if not seq.output_ids:
+                self.output_counts[row].zero_()
+                return
+            counts = np.bincount(seq.output_ids, minlength=self.vocab_size).astype(np.int32)
+            host = torch.from_numpy(counts)
+            host = host.pin_memory() if self.device.type == "cuda" else host
+            self.output_counts[row].copy_(host, non_blocking=True)
 
     def kind_of(self, rows: Array) -> SamplingKind:
         """Of a step that samples for ``rows`` [num_sampled] int64."""
+        any_top_k, any_top_p = bool(self.uses_top_k[rows].any()), bool(self.uses_top_p[rows].any())
         return SamplingKind(
             all_greedy=not bool((self.temperature[rows] > 0).any()),
-            any_filter=bool(self.is_filtered[rows].any()),
-            any_top_k=bool(self.is_cut[rows].any()),
+            any_filter=any_top_k or any_top_p or bool(self.uses_min_p[rows].any()),
+            any_top_k=any_top_k,
+            any_top_p=any_top_p,
             has_penalties=bool(self.is_penalized[rows].any()),
             has_bias=bool(self.is_biased[rows].any()),
             num_logprobs=int(self.num_logprobs[rows].max()),
@@ -128,12 +135,15 @@ class SamplerRows:
             arrays["presence"] = self.presence[rows]
             arrays["frequency"] = self.frequency[rows]
             arrays["repetition"] = self.repetition[rows]
+            is_padding = rows == len(self.seeds) - 1
+            arrays["count_rows"] = np.where(is_padding, -1, rows)  # which counts nothing
         if kind.has_bias:
             entries = [_bias_of(chunk, eos_token_ids) for chunk in chunks]
             width = max(map(len, entries), default=0)
             ids = np.full((len(rows), max(width, 1)), -1, np.int64)
             values = np.zeros(ids.shape, np.float32)
-            for index, bias in enumerate(entries):
+            for index, (bias, chunk) in enumerate(zip(entries, chunks, strict=True)):
+                self.is_biased[chunk.seq.row] = bool(bias)  # min_tokens end for good
                 ids[index, : len(bias)] = list(bias)
                 values[index, : len(bias)] = list(bias.values())
             arrays["bias_ids"], arrays["bias_values"] = ids, values
@@ -152,11 +162,12 @@ class SamplerRows:
             all_greedy=kind.all_greedy,
             any_filter=kind.any_filter,
             any_top_k=kind.any_top_k,
+            any_top_p=kind.any_top_p,
             presence=inputs["presence"] if kind.has_penalties else None,
             frequency=inputs["frequency"] if kind.has_penalties else None,
             repetition=inputs["repetition"] if kind.has_penalties else None,
             output_counts=self.output_counts if kind.has_penalties else None,
-            rows=inputs["sample_rows"] if kind.has_penalties else None,
+            rows=inputs["count_rows"] if kind.has_penalties else None,
             bias_ids=inputs["bias_ids"] if kind.has_bias else None,
             bias_values=inputs["bias_values"] if kind.has_bias else None,
             num_logprobs=kind.num_logprobs,

@@ -186,8 +186,9 @@ class Scheduler:
         for seq in prompts:
             if seq.status is not SequenceStatus.RUNNING:
                 continue
-            num_tokens = self._part(seq.num_tokens - seq.num_computed, budget)
-            num_tokens = self._grow(seq, num_tokens)
+            remaining = seq.num_tokens - seq.num_computed
+            room = self._grow(seq, self._part(remaining, budget))
+            num_tokens = self._part(remaining, room)
             if num_tokens:
                 (decodes if num_tokens == 1 else chunks).append(self._chunk(seq, num_tokens))
                 budget -= num_tokens
@@ -218,9 +219,10 @@ class Scheduler:
         """How many of ``remaining`` tokens of a prompt to run within ``budget``.
 
         A single token would run as a decode, which rounds differently on a GPU; so that neighbours
-        do not decide that, a prompt is cut into parts of two or more.
+        do not decide that, a prompt is cut into parts of two or more, unless steps are so short
+        that decodes could leave it less for long.
         """
-        if remaining <= budget or self.max_step_tokens < 4:
+        if remaining <= budget or self.max_step_tokens < self.max_num_seqs + 3:
             return min(remaining, budget)
         return min(budget, remaining - 2) if min(budget, remaining - 2) > 1 else 0
 

@@ -1,6 +1,6 @@
 """A step's inputs as one block of memory, so that they reach the device in one copy.
 
-Arrays lie one behind another, each on 16 bytes, which is what the kernels take pointers for.
+Arrays lie one behind another at multiples of 16 bytes: kernels are compiled for such pointers.
 """
 
 from __future__ import annotations

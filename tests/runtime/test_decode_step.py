@@ -37,7 +37,7 @@ FAMILIES = {
     "deepseek_v3 fp8": DEEPSEEK_V3_FP8,
     "deepseek_v32, sparse": DEEPSEEK_V32,
 }
-KINDS = [SamplingKind(True, False, False), SamplingKind(False, True, True)]
+KINDS = [SamplingKind(all_greedy=True), SamplingKind(False, True, True, True)]
 # torch operations that read a value back, or have a shape that follows from values
 READING = {
     "_local_scalar_dense",

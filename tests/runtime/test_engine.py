@@ -18,6 +18,7 @@ from runtime import (
     SamplingParams,
     Tokenizer,
 )
+from runtime.graphs import HostQueue
 from tests.runtime.checkpoints import (
     DEEPSEEK_V3,
     LINEAR_ROPE,
@@ -184,6 +185,19 @@ def test_replayed_steps_and_late_reading_change_no_token(
     assert answers(engine, prompts[:3]) == expected[:3]
     assert engine.runner.graphs.num_graphs >= 3  # type: ignore[attr-defined]
     assert_idle(engine)
+
+
+def test_steps_that_memory_does_not_suffice_to_record_run_unrecorded(tiny: Engine) -> None:
+    class FullQueue(HostQueue):
+        def record(self, step: Any) -> Any:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    engine = make_engine(TINY, run_ahead=1)
+    engine.runner.queue = FullQueue()  # type: ignore[attr-defined]
+    replaying(engine)
+    prompts = [chat_ids(tiny, "hello"), chat_ids(tiny, "count to 10")]
+    assert answers(engine, prompts) == answers(tiny, prompts)
+    assert engine.runner.graphs.num_graphs == 0  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("replays", [False, True])

@@ -124,6 +124,6 @@ def test_launching_a_decode_step_waits_for_nothing(
 def test_all_graphs_can_be_recorded_at_the_start(prompts: list[list[int]]) -> None:
     engine = on_gpu(TINY, cuda_graphs="start", max_num_seqs=12)
     recorded = engine.runner.graphs.num_graphs  # type: ignore[attr-defined]
-    assert recorded == len(engine.runner.graphs.plain_keys())  # type: ignore[attr-defined]
+    assert recorded == len(engine.runner.graphs.usual_keys())  # type: ignore[attr-defined]
     tokens(engine, prompts[:11])
     assert engine.runner.graphs.num_graphs == recorded  # type: ignore[attr-defined]

@@ -80,20 +80,32 @@ def test_a_running_sequence_gets_a_token_in_every_step_while_long_prompts_arrive
 
 
 def test_no_part_of_a_prompt_is_a_single_token() -> None:
-    scheduler = make_scheduler(max_step_tokens=5)
-    scheduler.add(make_sequence(0, 4))
-    scheduler.add(make_sequence(1, 6))
+    scheduler = make_scheduler(max_step_tokens=11)
+    scheduler.add(make_sequence(0, 10))
+    scheduler.add(make_sequence(1, 12))
     scheduler.add(make_sequence(2, 1))
     plan = scheduler.plan()
-    assert shape(plan) == [(0, 0, 4)]  # one token of the budget is left, and not used
+    assert shape(plan) == [(0, 0, 10)]  # one token of the budget is left, and not used
     finish_step(scheduler, plan)
     plan = scheduler.plan()
-    assert shape(plan) == [(0, 4, 5), (1, 0, 4)]
+    assert shape(plan) == [(0, 10, 11), (1, 0, 10)]
     finish_step(scheduler, plan)
     plan = scheduler.plan()  # a prompt that is a single token is run as one
-    assert shape(plan) == [(0, 5, 6), (2, 0, 1), (1, 4, 6)]
+    assert shape(plan) == [(0, 11, 12), (2, 0, 1), (1, 10, 12)]
     assert plan is not None
     assert plan.num_decodes == 2
+
+
+def test_pages_that_run_out_leave_no_single_token_of_a_prompt_either() -> None:
+    scheduler = make_scheduler(num_pages=10, page_size=4, max_step_tokens=31)
+    for seq_id, num_prompt in enumerate([16, 12, 6, 6]):
+        scheduler.add(make_sequence(seq_id, num_prompt))
+    while scheduler.has_work:
+        plan = scheduler.plan()
+        assert plan is not None
+        for chunk in plan.chunks:
+            assert chunk.num_tokens > 1 or chunk.start >= chunk.seq.num_prompt
+        finish_step(scheduler, plan)
 
 
 @pytest.mark.parametrize(
