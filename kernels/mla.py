@@ -11,8 +11,8 @@ Expanded: k = [W_UK c | k_pe] and v = W_UV c are made, then plain attention with
   (nope + rope + v) / (2 rank + rope) of the work per key, 0.29 for V3, once they exist.
 Decodes are absorbed: they would make the keys anew each step. On the GPU chunks are expanded while
 the context is at most ``max_expanded_context``, so that the buffer stays small, else absorbed; that
-depends on the model and on where the sequence's chunk ends. The torch body always absorbs: then a row has the same
-bits decoded or in any chunk, and on the CPU attention is a small part of a step.
+depends on the model and on where the sequence's chunk ends. The torch body always absorbs: then a
+row has the same bits decoded or in any chunk, and on the CPU attention is a small part of a step.
 Sparse (DeepSeek-V3.2): absorbed, to the keys that ``kernels.indexer`` chose. What sees no more keys
 than are chosen goes the dense way, with the same bits as in a step where everything is dense: the
 torch body decides that by token, the Triton body by where the sequence's chunk ends.
