@@ -22,7 +22,7 @@ chat: $(STAMP)
 # The second pass runs the Triton bodies on the CPU; the interpreter is chosen when triton is imported.
 test: $(DEV_STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
-	HF_HUB_OFFLINE=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m interpreter
+	HF_HUB_OFFLINE=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "interpreter and not slow"
 
 lint: $(DEV_STAMP)
 	$(BIN)/ruff check .

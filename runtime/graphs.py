@@ -147,7 +147,10 @@ class DecodeGraphs:
         ]
 
     def key_of(self, plan: Plan, kind: SamplingKind | None) -> GraphKey | None:
-        """The graph that holds a step, None unless each of its chunks is a decode that samples."""
+        """The graph that holds a step, recorded now if it is new; None if the step must run as it is.
+
+        Only a step whose every chunk is a decode that samples has one.
+        """
         num_seqs = len(plan.chunks)
         if kind is None or plan.num_decodes < num_seqs or num_seqs > self.batch_sizes[-1]:
             return None

@@ -235,7 +235,7 @@ def test_a_batch_invariant_token_has_the_same_bits_in_any_batch(
         ]
     shared = x.flip(0)
     whole = moe_experts(x, ids, weights, *matrices, shared, batch_invariant=True)
-    for num_tokens in (1, 2, 3, 16, 33, 64, 65):
+    for num_tokens in (1, 2, 16, 64, 65):
         last = slice(-num_tokens, None)
         part = moe_experts(
             x[last], ids[last], weights[last], *matrices, shared[last], batch_invariant=True

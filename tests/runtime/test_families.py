@@ -179,8 +179,23 @@ def test_family(name: str, tmp_path: Path, record_property: Callable[[str, objec
     assert same
 
 
+# one of each mechanism; the others run with -m "interpreter and slow"
+QUICK = [
+    "deepseek-llm 67b (GQA)",
+    "R1-0528-Qwen3-8B",
+    "deepseek-moe-16b",
+    "V2-Lite",
+    "V3, R1 in bf16",
+    "V3, R1, V3-0324 (FP8)",
+    "V3.2, sparse past 24 tokens",
+]
+
+
 @pytest.mark.interpreter
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in CASES],
+)
 def test_the_triton_bodies_give_the_references_tokens(name: str, tmp_path: Path) -> None:
     case = CASES[name]
     vocab_size = Tokenizer.load(TINY).num_tokens
