@@ -147,7 +147,7 @@ class DecodeGraphs:
         ]
 
     def key_of(self, plan: Plan, kind: SamplingKind | None) -> GraphKey | None:
-        """The graph that holds a step, recorded now if it is new; None if the step must run as it is.
+        """The graph that holds a step, recorded now if it is new; None if it must run eagerly.
 
         Only a step whose every chunk is a decode that samples has one.
         """

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kernels.activation import silu_and_mul_kernel
-from kernels.compile import KernelVariant
+from kernels.compile import SHARED_MEMORY, KernelVariant
 from kernels.configs import launch_config
 from kernels.norm import rms_norm_config, rms_norm_kernel
 from kernels.sampling_logprobs_triton import (
@@ -161,8 +161,10 @@ VARIANTS = [
 @pytest.mark.parametrize(
     "capability",
     # these kernels are small: one chip of each kind tells, all of them run with -m slow
-    [80, pytest.param(86, marks=pytest.mark.slow), pytest.param(89, marks=pytest.mark.slow)]
-    + [90, pytest.param(100, marks=pytest.mark.slow), 120],
+    [
+        pytest.param(capability, marks=[] if capability in (80, 90, 120) else pytest.mark.slow)
+        for capability in SHARED_MEMORY
+    ],
 )
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
 def test_compiles_without_spilling(variant: KernelVariant, capability: int) -> None:
