@@ -12,6 +12,7 @@ The last line of stdout is one JSON document.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import time
@@ -140,6 +141,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="medians are taken over these")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()  # as the engine process does
     print(f"{'sequences':>10}{'host ms':>10}{'95 %':>10}{'target':>10}{'device ms':>11}{'idle':>9}")
     results = []
     for num_seqs in options.sequences:
