@@ -218,11 +218,11 @@ def attention_config(
 
 def attention_facts(
     shape: HeadShape, dtype: torch.dtype, capability: int, is_decode: bool
-) -> dict[str, Fact]:
+) -> dict[str, Fact | torch.dtype]:
     """What a row of the table of launch configurations may ask of an attention."""
     return {
         "arch": capability,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype,
         "kind": "decode" if is_decode else "chunk",
         "head_dim": shape.main_dim + shape.tail_dim,
         "group_size": shape.group_size,

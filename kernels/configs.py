@@ -18,6 +18,8 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import torch
+
 Fact = int | str | bool
 PATH = Path(__file__).with_name("configs.toml")
 
@@ -28,12 +30,13 @@ def table() -> dict[str, list[dict[str, Any]]]:
     return tomllib.loads(PATH.read_text(encoding="utf-8"))
 
 
-def launch_config(op: str, **facts: Fact) -> dict[str, Any]:
+def launch_config(op: str, **facts: Fact | torch.dtype) -> dict[str, Any]:
     """What ``op`` launches with, given the facts of the launch.
 
     Args:
         op: a table of ``configs.toml``.
-        facts: whatever the op's rows may ask for, such as ``arch=90`` for sm_90 or ``rows=8``.
+        facts: whatever the op's rows may ask for, such as ``arch=90`` for sm_90 or ``rows=8``; a
+            torch dtype goes by its name there.
 
     Returns:
         A new dict: constexprs of the kernel, num_warps, num_stages, and what the op reads itself.
@@ -41,7 +44,11 @@ def launch_config(op: str, **facts: Fact) -> dict[str, Any]:
     Raises:
         KeyError: the op has no table, no row holds, or a row asks for a fact that was not given.
     """
-    return dict(_lookup(op, tuple(sorted(facts.items()))))
+    named = {
+        key: str(fact).removeprefix("torch.") if isinstance(fact, torch.dtype) else fact
+        for key, fact in facts.items()
+    }
+    return dict(_lookup(op, tuple(sorted(named.items()))))
 
 
 @functools.cache

@@ -8,6 +8,8 @@ import os
 import torch
 from torch import Tensor
 
+FP8_CAPABILITY = 89  # Ada; sm_80 and sm_86 know no e4m3
+
 
 @functools.cache
 def interpreting() -> bool:
@@ -31,4 +33,4 @@ def capability_of(device: torch.device) -> int:
 
 def multiplies_fp8(device: torch.device) -> bool:
     """Whether the chip has fp8 matrix units (Ada, sm_89, and later)."""
-    return device.type == "cuda" and capability_of(device) >= 89
+    return device.type == "cuda" and capability_of(device) >= FP8_CAPABILITY

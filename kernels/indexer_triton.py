@@ -248,7 +248,7 @@ def scores_config(num_heads: int, dim: int, dtype: torch.dtype, capability: int)
     table = launch_config(
         "index_scores",
         arch=capability,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=dtype,
         head_dim=dim,
         num_heads=num_heads,
     )

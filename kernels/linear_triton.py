@@ -24,7 +24,7 @@ from torch import Tensor
 
 from kernels import linear_slices_triton
 from kernels.activation import gated_product
-from kernels.configs import launch_config
+from kernels.configs import Fact, launch_config
 from kernels.dispatch import capability_of
 from kernels.linear_gemv_triton import launch_gemv
 from kernels.linear_slices_triton import features_of, size_of_slice
@@ -182,9 +182,9 @@ def linear_config(
 
     Batch-invariant and gemv launches do not know how many rows there are.
     """
-    facts: dict[str, int | str] = {
+    facts: dict[str, Fact | torch.dtype] = {
         "arch": capability,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype,
         "in_features": in_features,
         "out_features": out_features,
     }
@@ -212,7 +212,7 @@ def heads_linear_config(
     config = launch_config(
         "heads_linear",
         arch=capability,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=dtype,
         num_heads=num_heads,
         in_features=in_features,
         out_features=out_features,

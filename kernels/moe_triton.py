@@ -27,10 +27,10 @@ from torch import Tensor
 
 from kernels.activation import gated_product
 from kernels.configs import Fact, launch_config
-from kernels.dispatch import capability_of, multiplies_fp8
+from kernels.dispatch import FP8_CAPABILITY, capability_of, multiplies_fp8
 from kernels.moe_align_triton import align
 from kernels.quant import Fp8Weight
-from kernels.quant_triton import E4M3_CAPABILITY, fp8_product, quantize_activations
+from kernels.quant_triton import fp8_product, quantize_activations
 
 
 @triton.jit
@@ -250,8 +250,7 @@ def grouped_linear_config(
     arch: int, dtype: torch.dtype, gated: bool, facts: Mapping[str, Fact]
 ) -> dict[str, Any]:
     """Block shape and launch; ``dtype`` is that of the rows, ``facts`` are ``grouped_facts``."""
-    name = str(dtype).removeprefix("torch.")
-    blocks = launch_config("grouped_linear", arch=arch, dtype=name, gated=gated, **facts)
+    blocks = launch_config("grouped_linear", arch=arch, dtype=dtype, gated=gated, **facts)
     experts_block = triton.next_power_of_2(int(facts["num_experts"]))
     return {"GATED": gated, "EXPERTS_BLOCK": experts_block, **blocks}
 
@@ -265,14 +264,17 @@ def grouped_fp8_linear_config(
     blocks = launch_config(
         "grouped_fp8_linear",
         arch=arch,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=dtype,
         gated=gated,
         fp8_dot=fp8_dot,
         **facts,
     )
     experts_block = triton.next_power_of_2(int(facts["num_experts"]))
-    formats = {"QUANTIZED_ROWS": quantized, "FP8_DOT": fp8_dot}
-    formats["HAS_E4M3"] = arch >= E4M3_CAPABILITY
+    formats = {
+        "QUANTIZED_ROWS": quantized,
+        "FP8_DOT": fp8_dot,
+        "HAS_E4M3": arch >= FP8_CAPABILITY,
+    }
     return {"GATED": gated, "EXPERTS_BLOCK": experts_block, **formats, **blocks}
 
 

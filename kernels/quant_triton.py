@@ -19,8 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels import linear_slices_triton
 from kernels.configs import launch_config
-from kernels.dispatch import capability_of, multiplies_fp8
+from kernels.dispatch import FP8_CAPABILITY, capability_of, multiplies_fp8
 
 if TYPE_CHECKING:
     from kernels.quant import ActivationScale, Fp8Weight
@@ -32,9 +33,6 @@ _MIN_ACTIVATION = tl.constexpr(1e-4)
 _INFINITY = tl.constexpr(0x7F800000)  # bits of fp32
 _MIN_SCALE = tl.constexpr(2.0**-126)
 _MAX_SPLIT_ROWS = 64  # more rows are enough programs
-
-
-E4M3_CAPABILITY = 89  # sm_80 and sm_86 know no such type
 
 
 @triton.jit
@@ -187,29 +185,6 @@ def fp8_linear_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["num_rows"])
-def add_slices_kernel(
-    partial_ptr,  # [SLICES, num_rows, out_features] fp32
-    bias_ptr,  # [out_features] or None
-    out_ptr,  # [num_rows, out_features]
-    num_rows,
-    out_features,
-    SLICES: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < out_features
-    total = tl.zeros((BLOCK,), dtype=tl.float32)
-    for slice_id in tl.static_range(SLICES):
-        partial_row = slice_id * num_rows + row
-        total += tl.load(partial_ptr + partial_row * out_features + columns, mask=inside, other=0.0)
-    if bias_ptr is not None:
-        total += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-    out = total.to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + row * out_features + columns, out, mask=inside)
-
-
 @triton.jit
 def quantize_activations_kernel(
     x_ptr,  # [num_tokens, in_features]
@@ -273,7 +248,7 @@ def fp8_linear_config(
     blocks = launch_config(
         "fp8_linear",
         arch=arch,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=dtype,
         rows=num_rows,
         out_features=out_features,
         in_features=in_features,
@@ -281,7 +256,7 @@ def fp8_linear_config(
         fp8_dot=quantized and fp8_dot,
     )
     formats = {"QUANTIZED_ROWS": quantized, "FP8_DOT": quantized and fp8_dot}
-    return {**formats, "HAS_E4M3": arch >= E4M3_CAPABILITY, **blocks}
+    return {**formats, "HAS_E4M3": arch >= FP8_CAPABILITY, **blocks}
 
 
 def fp8_linear(
@@ -306,8 +281,7 @@ def fp8_linear(
     slices = config["SLICES"] if num_rows <= _MAX_SPLIT_ROWS else 1
     partial = out
     if slices > 1:
-        shape = slices, num_rows, out_features
-        partial = torch.empty(shape, dtype=torch.float32, device=x.device)
+        partial = linear_slices_triton.workspace(slices, num_rows, out_features, x.device)
     grid = (
         triton.cdiv(num_rows, config["BLOCK_M"]),
         triton.cdiv(out_features, config["BLOCK_N"]),
@@ -330,10 +304,7 @@ def fp8_linear(
         **config,
     )
     if slices > 1:
-        config = launch_config("fp8_add_slices")
-        add_slices_kernel[(num_rows, triton.cdiv(out_features, config["BLOCK"]))](
-            partial, bias, out, num_rows, out_features, SLICES=slices, **config
-        )
+        linear_slices_triton.finish(partial, bias, out, gated=False)
     return out
 
 

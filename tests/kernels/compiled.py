@@ -48,25 +48,13 @@ def operand_dtypes(variant: KernelVariant) -> set[object]:
 
 
 def main() -> None:
-    from tests.kernels import (
-        test_compile,
-        test_compile_fp8,
-        test_compile_indexer,
-        test_compile_linear,
-        test_compile_mlp_sampling,
-        test_compile_moe,
-    )
+    from tests.kernels import test_compile_mlp_sampling
+    from tests.kernels.test_compiled import LAUNCHES
 
     fits = True
     for capability in [int(argument) for argument in sys.argv[1:]] or list(SHARED_MEMORY):
-        variants = [
-            *test_compile.every(capability),
-            *test_compile_fp8.every(capability),
-            *test_compile_indexer.every(capability),
-            *test_compile_linear.every(capability),
-            *test_compile_mlp_sampling.VARIANTS,
-            *test_compile_moe.every(capability),
-        ]
+        variants = [variant for module in LAUNCHES for variant in module.every(capability)]
+        variants += test_compile_mlp_sampling.VARIANTS
         print(f"sm_{capability}: {SHARED_MEMORY[capability]:,} bytes of shared memory")
         print(f"{'variant':<44}{'registers':>10}{'spilled':>9}{'shared':>9}  matrix instructions")
         for variant in variants:

@@ -21,7 +21,6 @@ from kernels.combine_splits_triton import combine_config, combine_splits_kernel
 from kernels.compile import SHARED_MEMORY, KernelVariant, compile_variant
 from kernels.embedding import embedding_config, embedding_kernel
 from kernels.mla import latent_shape
-from tests.kernels.compiled import check, check_tensor_cores
 from tests.kernels.passes import INTERPRETED
 
 BF16, FP32, I32, I64 = torch.bfloat16, torch.float32, torch.int32, torch.int64
@@ -168,27 +167,12 @@ def variants_of(launches: list[Launch], capability: int) -> list[KernelVariant]:
     return attention + small_variants(capability)
 
 
+def tight(capability: int) -> list[KernelVariant]:
+    return variants_of(TIGHT, capability)
+
+
 def every(capability: int) -> list[KernelVariant]:
     return variants_of(ALL, capability)
-
-
-@pytest.mark.skipif(INTERPRETED, reason="interpreted kernels do not compile")
-@pytest.mark.parametrize("capability", SHARED_MEMORY)
-def test_the_tightest_launches_do_not_spill(capability: int) -> None:
-    check(variants_of(TIGHT, capability), capability)
-
-
-@pytest.mark.skipif(INTERPRETED, reason="interpreted kernels do not compile")
-@pytest.mark.parametrize("capability", [80, 90])
-def test_products_use_the_tensor_cores(capability: int) -> None:
-    check_tensor_cores(variants_of(TIGHT, capability), capability)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="interpreted kernels do not compile")
-@pytest.mark.parametrize("capability", SHARED_MEMORY)
-def test_no_launch_spills(capability: int) -> None:
-    check(every(capability), capability)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="interpreted kernels do not compile")

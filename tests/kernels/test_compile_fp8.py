@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
-from kernels.compile import SHARED_MEMORY, KernelVariant
+from kernels.compile import KernelVariant
 from kernels.configs import launch_config
 from kernels.quant import num_blocks
 from kernels.quant_triton import (
-    add_slices_kernel,
     fp8_linear_config,
     fp8_linear_kernel,
     quantize_activations_kernel,
     quantize_weight_kernel,
 )
-from tests.kernels.compiled import check, check_tensor_cores
-from tests.kernels.passes import INTERPRETED
+from tests.kernels.test_compile_linear import finish_variant
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 I32, U8 = torch.int32, torch.uint8
@@ -51,7 +48,9 @@ def linear_variants(
         kernel_arguments = arguments | {"num_rows": num_rows}
         if split:
             kernel_arguments |= {"bias_ptr": None, "out_ptr": FP32}
-            variants.append(add_slices_variant(name, out_features, dtype, config["SLICES"], bias))
+            variants.append(
+                finish_variant(f"fp8_{name}", config["SLICES"], out_features, arguments, False)
+            )
         variants.append(
             KernelVariant(
                 f"linear_{name}_{kind}",
@@ -61,17 +60,6 @@ def linear_variants(
             )
         )
     return variants
-
-
-def add_slices_variant(
-    name: str, out_features: int, dtype: torch.dtype, slices: int, bias: bool
-) -> KernelVariant:
-    arguments = {
-        **{"partial_ptr": FP32, "bias_ptr": dtype if bias else None, "out_ptr": dtype},
-        **{"num_rows": 64, "out_features": out_features},
-    }
-    config = {"SLICES": slices, **launch_config("fp8_add_slices")}
-    return KernelVariant(f"linear_add_{name}", add_slices_kernel, arguments, config)
 
 
 def quantize_variants(name: str, in_features: int, dtype: torch.dtype) -> list[KernelVariant]:
@@ -149,22 +137,3 @@ def every(capability: int) -> list[KernelVariant]:
                 ),
             ]
     return variants
-
-
-@pytest.mark.skipif(INTERPRETED, reason="interpreted kernels do not compile")
-@pytest.mark.parametrize("capability", SHARED_MEMORY)
-def test_what_v3_launches_does_not_spill(capability: int) -> None:
-    check(tight(capability), capability)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="interpreted kernels do not compile")
-@pytest.mark.parametrize("capability", SHARED_MEMORY)
-def test_no_launch_spills(capability: int) -> None:
-    check(every(capability), capability)
-
-
-@pytest.mark.skipif(INTERPRETED, reason="interpreted kernels do not compile")
-@pytest.mark.parametrize("capability", [80, 90])
-def test_products_use_the_tensor_cores(capability: int) -> None:
-    check_tensor_cores(tight(capability), capability)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 from kernels.attention_triton import HeadShape
 from kernels.combine_splits_triton import combine_config, combine_splits_kernel
-from kernels.compile import SHARED_MEMORY, KernelVariant
+from kernels.compile import KernelVariant
 from kernels.indexer_triton import (
     index_config,
     index_scores_kernel,
@@ -18,8 +17,6 @@ from kernels.indexer_triton import (
 )
 from kernels.mla import latent_shape
 from kernels.sparse_mla_triton import sparse_attention_kernel, sparse_config
-from tests.kernels.compiled import check, check_tensor_cores
-from tests.kernels.passes import INTERPRETED
 
 BF16, FP32, I32, I64 = torch.bfloat16, torch.float32, torch.int32, torch.int64
 PAGE_SIZE = 16
@@ -123,22 +120,3 @@ def every(capability: int) -> list[KernelVariant]:
         *sparse_variants("v32_fp32", V32, 2048, FP32, capability),
         *sparse_variants("v32_fp16", V32, 2048, torch.float16, capability),
     ]
-
-
-@pytest.mark.skipif(INTERPRETED, reason="interpreted kernels do not compile")
-@pytest.mark.parametrize("capability", SHARED_MEMORY)
-def test_what_v32_launches_does_not_spill(capability: int) -> None:
-    check(tight(capability), capability)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="interpreted kernels do not compile")
-@pytest.mark.parametrize("capability", SHARED_MEMORY)
-def test_no_launch_spills(capability: int) -> None:
-    check(every(capability), capability)
-
-
-@pytest.mark.skipif(INTERPRETED, reason="interpreted kernels do not compile")
-@pytest.mark.parametrize("capability", [80, 90])
-def test_products_use_the_tensor_cores(capability: int) -> None:
-    check_tensor_cores(tight(capability), capability)

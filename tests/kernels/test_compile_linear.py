@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 
 from kernels import compile as compiler
-from kernels.compile import SHARED_MEMORY, KernelVariant
+from kernels.compile import KernelVariant
 from kernels.configs import launch_config
 from kernels.linear_gemv_triton import gemv_kernel
 from kernels.linear_slices_triton import finish_kernel
 from kernels.linear_triton import heads_linear_config, linear_config, tile_kernel
-from tests.kernels.compiled import check, check_tensor_cores
 from tests.kernels.passes import INTERPRETED
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -79,7 +80,7 @@ def gemv_variant(
         variants[0] = KernelVariant(
             name, gemv_kernel, arguments | {"out_ptr": FP32, "bias_ptr": None}, launch
         )
-        variants.append(finish_variant(product, config["SLICES"]))
+        variants.append(finish_of(product, config["SLICES"]))
     return variants
 
 
@@ -101,19 +102,33 @@ def tile_variants(
         partial = arguments | {"out_ptr": FP32, "bias_ptr": None}
         variants += [
             KernelVariant(f"{name}_sliced", tile_kernel, partial, launch | {"SLICED": True}),
-            finish_variant(product, config["SLICES"]),
+            finish_variant(
+                product.name,
+                config["SLICES"],
+                product.out_features,
+                product.pointers,
+                product.gated,
+            ),
         ]
     return variants
 
 
-def finish_variant(product: Product, slices: int) -> KernelVariant:
+def finish_of(product: Product, slices: int) -> KernelVariant:
+    return finish_variant(
+        product.name, slices, product.out_features, product.pointers, product.gated
+    )
+
+
+def finish_variant(
+    name: str, slices: int, out_features: int, pointers: Mapping[str, Any], gated: bool
+) -> KernelVariant:
+    """The launch that adds up slices; ``pointers`` are those of the product."""
     arguments = {
-        **{"partial_ptr": FP32, "bias_ptr": product.pointers["bias_ptr"]},
-        **{"out_ptr": product.pointers["out_ptr"], "num_rows": 3},
-        "out_features": product.out_features,
+        **{"partial_ptr": FP32, "bias_ptr": pointers["bias_ptr"], "out_ptr": pointers["out_ptr"]},
+        **{"num_rows": 3, "out_features": out_features},
     }
-    launch = {"SLICES": slices, "GATED": product.gated, **launch_config("linear_finish")}
-    return KernelVariant(f"finish_{slices}_{product.name}", finish_kernel, arguments, launch)
+    launch = {"SLICES": slices, "GATED": gated, **launch_config("linear_finish")}
+    return KernelVariant(f"finish_{slices}_{name}", finish_kernel, arguments, launch)
 
 
 def heads_variants(
@@ -211,28 +226,6 @@ def every(capability: int) -> list[KernelVariant]:
         *heads_variants("odd", 3, 5, 7, 9, BF16, capability),
         *(variant for product in ALL for variant in product_variants(product, capability)),
     ]
-
-
-@pytest.mark.skipif(INTERPRETED, reason="interpreted kernels do not compile")
-@pytest.mark.parametrize("capability", SHARED_MEMORY)
-def test_the_tightest_launches_do_not_spill(capability: int) -> None:
-    check(tight(capability), capability)
-
-
-@pytest.mark.skipif(INTERPRETED, reason="interpreted kernels do not compile")
-@pytest.mark.parametrize("capability", [80, 90])
-def test_products_use_the_tensor_cores(capability: int) -> None:
-    tiles = [variant for variant in tight(capability) if variant.kernel is tile_kernel]
-    check_tensor_cores(tiles, capability)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="interpreted kernels do not compile")
-@pytest.mark.parametrize("capability", SHARED_MEMORY)
-def test_no_launch_spills(capability: int) -> None:
-    variants = every(capability)
-    check(variants, capability)
-    check_tensor_cores(variants, capability)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="interpreted kernels do not compile")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import pytest
 import torch
 
 from kernels.compile import SHARED_MEMORY, KernelVariant
@@ -20,8 +19,6 @@ from kernels.moe_triton import (
     grouped_linear_kernel,
 )
 from kernels.quant import num_blocks
-from tests.kernels.compiled import check, check_tensor_cores
-from tests.kernels.passes import INTERPRETED
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 I32, I64, U8 = torch.int32, torch.int64, torch.uint8
@@ -141,25 +138,6 @@ def every(capability: int) -> list[KernelVariant]:
             variants += experts_variants("v2", 160, 5120, 1536, 6, dtype, capability, fp8)
         variants += experts_variants("v2_lite", 64, 2048, 1408, 6, BF16, capability, fp8)
     return variants
-
-
-@pytest.mark.skipif(INTERPRETED, reason="interpreted kernels do not compile")
-@pytest.mark.parametrize("capability", SHARED_MEMORY)
-def test_what_v3_launches_does_not_spill(capability: int) -> None:
-    check(tight(capability), capability)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="interpreted kernels do not compile")
-@pytest.mark.parametrize("capability", SHARED_MEMORY)
-def test_no_launch_spills(capability: int) -> None:
-    check(every(capability), capability)
-
-
-@pytest.mark.skipif(INTERPRETED, reason="interpreted kernels do not compile")
-@pytest.mark.parametrize("capability", [80, 90])
-def test_products_use_the_tensor_cores(capability: int) -> None:
-    check_tensor_cores(tight(capability), capability)
 
 
 def test_prompts_have_blocks_for_the_matrix_units_and_decodes_do_not() -> None:
