@@ -128,9 +128,7 @@ class ModelRunner:
     @torch.inference_mode()
     def record_all(self) -> None:
         """Record every decode step that is usual, now instead of when it comes up."""
-        if self.graphs is None:
-            self.record_steps()
-        assert self.graphs is not None
+        assert self.graphs is not None, "record_steps comes first"
         for key in self.graphs.usual_keys():
             self.graphs.record(key)
 
@@ -281,7 +279,8 @@ class ModelRunner:
             "table_entries": np.array(entries, np.int64),
             "table_pages": np.array(pages, np.int32),
         }
-        if sampling or key is not None:
+        num_sampled = len(rows) if key is not None else len(sampling)
+        if num_sampled:
             arrays["logit_rows"] = (cu_seqlens[1:] - 1)[samplers]
             arrays |= self.sampler.arrays(row_array[samplers], end_array[samplers])
         num_decodes = plan.num_decodes if key is None else key.batch_size
@@ -292,7 +291,7 @@ class ModelRunner:
             min_chunk_context_len=int(end_array[num_decodes:].min(initial=1 << 62))
             if num_decodes < len(rows)
             else 0,
-            num_sampled=len(arrays["logit_rows"]) if "logit_rows" in arrays else 0,
+            num_sampled=num_sampled,
         )
 
     @staticmethod

@@ -6,6 +6,7 @@ more than there can be sequences belongs to padding: greedy, and neutral in ever
 
 from __future__ import annotations
 
+import enum
 import math
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -15,9 +16,21 @@ import torch
 from torch import Tensor
 
 from kernels.sampling import SamplingBatch
-from runtime.request import Sequence
+from runtime.request import SamplingParams, Sequence
 from runtime.scheduler import Chunk
 from runtime.staging import Array
+
+
+class Uses(enum.IntFlag):
+    """What the sampling of a row takes; a step takes what its rows take together."""
+
+    DRAW = enum.auto()  # temperature above 0; without it no filter counts
+    TOP_K = enum.auto()
+    TOP_P = enum.auto()
+    MIN_P = enum.auto()
+    PENALTIES = enum.auto()
+    BIAS = enum.auto()
+    LOGPROBS = enum.auto()
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +69,8 @@ class SamplerRows:
         self.frequency = np.zeros(num_rows, np.float32)
         self.repetition = np.ones(num_rows, np.float32)
         self.seeds = np.zeros(num_rows, np.int64)
-        self.uses_top_k = np.zeros(num_rows, np.bool_)
-        self.uses_top_p = np.zeros(num_rows, np.bool_)
-        self.uses_min_p = np.zeros(num_rows, np.bool_)
-        self.is_penalized = np.zeros(num_rows, np.bool_)
-        self.is_biased = np.zeros(num_rows, np.bool_)
         self.num_logprobs = np.full(num_rows, -1, np.int32)
+        self.uses = np.zeros(num_rows, np.uint8)  # flags of `Uses`
         self.output_counts: Tensor | None = None  # [num_rows, vocab], made when first needed
 
     def start(self, seq: Sequence) -> None:
@@ -75,13 +84,8 @@ class SamplerRows:
         self.frequency[row] = params.frequency_penalty
         self.repetition[row] = params.repetition_penalty
         self.seeds[row] = seq.seed
-        draws = params.temperature > 0
-        self.uses_top_k[row] = draws and params.top_k > 0
-        self.uses_top_p[row] = draws and params.top_p < 1
-        self.uses_min_p[row] = draws and params.min_p > 0
-        self.is_penalized[row] = params.has_penalties
-        self.is_biased[row] = bool(params.logit_bias) or params.min_tokens > 0
         self.num_logprobs[row] = -1 if params.logprobs is None else params.logprobs
+        self.uses[row] = _uses_of(params)
         if params.has_penalties:
             if self.output_counts is None:
                 shape = (len(self.seeds), self.vocab_size)
@@ -96,15 +100,15 @@ class SamplerRows:
 
     def kind_of(self, rows: Array) -> SamplingKind:
         """Of a step that samples for ``rows`` [num_sampled] int64."""
-        any_top_k, any_top_p = bool(self.uses_top_k[rows].any()), bool(self.uses_top_p[rows].any())
+        uses = int(np.bitwise_or.reduce(self.uses[rows]))
         return SamplingKind(
-            all_greedy=not bool((self.temperature[rows] > 0).any()),
-            any_filter=any_top_k or any_top_p or bool(self.uses_min_p[rows].any()),
-            any_top_k=any_top_k,
-            any_top_p=any_top_p,
-            has_penalties=bool(self.is_penalized[rows].any()),
-            has_bias=bool(self.is_biased[rows].any()),
-            num_logprobs=int(self.num_logprobs[rows].max()),
+            all_greedy=not uses & Uses.DRAW,
+            any_filter=bool(uses & (Uses.TOP_K | Uses.TOP_P | Uses.MIN_P)),
+            any_top_k=bool(uses & Uses.TOP_K),
+            any_top_p=bool(uses & Uses.TOP_P),
+            has_penalties=bool(uses & Uses.PENALTIES),
+            has_bias=bool(uses & Uses.BIAS),
+            num_logprobs=int(self.num_logprobs[rows].max()) if uses & Uses.LOGPROBS else -1,
         )
 
     def arrays(self, rows: Array, positions: Array) -> dict[str, Array]:
@@ -143,7 +147,8 @@ class SamplerRows:
             ids = np.full((len(rows), max(width, 1)), -1, np.int64)
             values = np.zeros(ids.shape, np.float32)
             for index, (bias, chunk) in enumerate(zip(entries, chunks, strict=True)):
-                self.is_biased[chunk.seq.row] = bool(bias)  # min_tokens end for good
+                if not bias:  # min_tokens end for good
+                    self.uses[chunk.seq.row] &= ~np.uint8(Uses.BIAS)
                 ids[index, : len(bias)] = list(bias)
                 values[index, : len(bias)] = list(bias.values())
             arrays["bias_ids"], arrays["bias_values"] = ids, values
@@ -172,6 +177,20 @@ class SamplerRows:
             bias_values=inputs["bias_values"] if kind.has_bias else None,
             num_logprobs=kind.num_logprobs,
         )
+
+
+def _uses_of(params: SamplingParams) -> int:
+    draws = params.temperature > 0
+    used = {
+        Uses.DRAW: draws,
+        Uses.TOP_K: draws and params.top_k > 0,
+        Uses.TOP_P: draws and params.top_p < 1,
+        Uses.MIN_P: draws and params.min_p > 0,
+        Uses.PENALTIES: params.has_penalties,
+        Uses.BIAS: bool(params.logit_bias) or params.min_tokens > 0,
+        Uses.LOGPROBS: params.logprobs is not None,
+    }
+    return sum(flag for flag, is_used in used.items() if is_used)
 
 
 def _bias_of(chunk: Chunk, eos_token_ids: frozenset[int]) -> dict[int, float]:

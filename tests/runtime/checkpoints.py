@@ -197,6 +197,18 @@ DEEPSEEK_V32_FP8 = (
     }
 )
 
+# one checkpoint of each mechanism that a step can have
+MECHANISMS: dict[str, Config] = {
+    "llama": LLAMA,
+    "qwen2": QWEN2,
+    "qwen3": QWEN3,
+    "deepseek_v1": DEEPSEEK_V1,
+    "deepseek_v2_lite": DEEPSEEK_V2_LITE,
+    "deepseek_v3": DEEPSEEK_V3,
+    "deepseek_v3 fp8": DEEPSEEK_V3_FP8,
+    "deepseek_v32, sparse": DEEPSEEK_V32,
+}
+
 
 def make_tensors(config: Config, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensors:
     """Random tensors under the released names.

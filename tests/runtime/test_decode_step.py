@@ -14,29 +14,9 @@ from runtime.models.layers import Fp8Format
 from runtime.runner import ModelRunner
 from runtime.sampler_rows import SamplingKind
 from runtime.staging import Staging, views
-from tests.runtime.checkpoints import (
-    DEEPSEEK_V1,
-    DEEPSEEK_V2_LITE,
-    DEEPSEEK_V3,
-    DEEPSEEK_V3_FP8,
-    DEEPSEEK_V32,
-    LLAMA,
-    QWEN2,
-    QWEN3,
-    write_checkpoint,
-)
+from tests.runtime.checkpoints import MECHANISMS, write_checkpoint
 from tests.runtime.pages import Pages, load, random_tokens
 
-FAMILIES = {
-    "llama": LLAMA,
-    "qwen2": QWEN2,
-    "qwen3": QWEN3,
-    "deepseek_v1": DEEPSEEK_V1,
-    "deepseek_v2_lite": DEEPSEEK_V2_LITE,
-    "deepseek_v3": DEEPSEEK_V3,
-    "deepseek_v3 fp8": DEEPSEEK_V3_FP8,
-    "deepseek_v32, sparse": DEEPSEEK_V32,
-}
 KINDS = [SamplingKind(all_greedy=True), SamplingKind(False, True, True, True)]
 # torch operations that read a value back, or have a shape that follows from values
 READING = {
@@ -92,7 +72,7 @@ class Operations(TorchDispatchMode):
 
 def make_runner(name: str, tmp_path: Path) -> ModelRunner:
     fp8 = Fp8Format() if "fp8" in name else None
-    model = load(write_checkpoint(tmp_path, FAMILIES[name]), fp8=fp8)
+    model = load(write_checkpoint(tmp_path, MECHANISMS[name]), fp8=fp8)
     return ModelRunner(
         model,
         num_pages=8,
@@ -107,7 +87,7 @@ def make_runner(name: str, tmp_path: Path) -> ModelRunner:
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", MECHANISMS)
 def test_a_decode_step_reads_nothing_back(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,7 +125,7 @@ def test_a_row_has_the_same_bits_alone_and_in_any_batch(name: str, tmp_path: Pat
     Ops that only the other families have are shown in batches of 64 in `tests/kernels`.
     """
     fp8 = Fp8Format() if "fp8" in name else None
-    folder = write_checkpoint(tmp_path, FAMILIES[name])
+    folder = write_checkpoint(tmp_path, MECHANISMS[name])
     model = load(folder, torch.float16, fp8=fp8, batch_invariant=True)
     pages = Pages(model, torch.float16)
     generator = torch.Generator().manual_seed(0)

@@ -10,30 +10,12 @@ import pytest
 import torch
 
 from runtime import Engine, SamplingParams, Tokenizer
-from tests.runtime.checkpoints import (
-    DEEPSEEK_V1,
-    DEEPSEEK_V2_LITE,
-    DEEPSEEK_V3,
-    DEEPSEEK_V3_FP8,
-    DEEPSEEK_V32,
-    QWEN2,
-    QWEN3,
-    write_checkpoint,
-)
+from tests.runtime.checkpoints import MECHANISMS, write_checkpoint
 from tests.runtime.engines import TINY, chats, make_engine
 from tests.runtime.pages import random_tokens
 
 pytestmark = pytest.mark.gpu
 
-FAMILIES = {
-    "qwen2": QWEN2,
-    "qwen3": QWEN3,
-    "deepseek_v1": DEEPSEEK_V1,
-    "deepseek_v2_lite": DEEPSEEK_V2_LITE,
-    "deepseek_v3": DEEPSEEK_V3,
-    "deepseek_v3 fp8": DEEPSEEK_V3_FP8,
-    "deepseek_v32": DEEPSEEK_V32,
-}
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
 MODES = [
     {"run_ahead": 0, "cuda_graphs": "off"},
@@ -52,13 +34,13 @@ def tokens(engine: Engine, prompts: list[list[int]], params: Any = GREEDY) -> li
     return [completion.token_ids for completion in engine.generate(prompts, params)]
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=MECHANISMS)
 def family(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, list[list[int]], list[list[int]]]:
     """A random checkpoint, prompts of ragged lengths, and the CPU's answers."""
     vocab_size = Tokenizer.load(TINY).num_tokens
-    config = FAMILIES[request.param] | {"vocab_size": vocab_size, "max_position_embeddings": 1024}
+    config = MECHANISMS[request.param] | {"vocab_size": vocab_size, "max_position_embeddings": 1024}
     folder = write_checkpoint(tmp_path_factory.mktemp("gpu"), config, with_tokenizer=True)
     lengths = [1, 2, 15, 16, 17, 33, 65, 130, 300]
     prompts = [random_tokens(length, vocab_size, seed=length) for length in lengths]
