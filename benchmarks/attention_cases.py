@@ -68,9 +68,7 @@ def key_value_writes(maker: Maker, model: str) -> Iterator[Case]:
 
 
 def latent_writes(maker: Maker, model: str) -> Iterator[Case]:
-    config = maker.config(model)
-    num_heads, rank = config["num_attention_heads"], config["kv_lora_rank"]
-    nope, rope = config["qk_nope_head_dim"], config["qk_rope_head_dim"]
+    num_heads, rank, nope, rope, _ = maker.latent_heads(model)
     sizes = [num_heads * (nope + rope), rank, rope]
     for rows in (maker.grid.rows[0], maker.grid.rows[-1], maker.grid.prompt_rows):
 
@@ -122,10 +120,7 @@ def decode_attention(maker: Maker, model: str) -> Iterator[Case]:
 
 
 def latent_decode_attention(maker: Maker, model: str) -> Iterator[Case]:
-    config = maker.config(model)
-    num_heads, rank = config["num_attention_heads"], config["kv_lora_rank"]
-    nope, rope = config["qk_nope_head_dim"], config["qk_rope_head_dim"]
-    v_dim = config["v_head_dim"]
+    num_heads, rank, nope, rope, v_dim = maker.latent_heads(model)
     for context in maker.grid.contexts:
         for size in maker.grid.batches:
 
@@ -171,10 +166,7 @@ def prompt_attention(maker: Maker, model: str) -> Iterator[Case]:
 
 
 def latent_prompt_attention(maker: Maker, model: str) -> Iterator[Case]:
-    config = maker.config(model)
-    num_heads, rank = config["num_attention_heads"], config["kv_lora_rank"]
-    nope, rope = config["qk_nope_head_dim"], config["qk_rope_head_dim"]
-    v_dim = config["v_head_dim"]
+    num_heads, rank, nope, rope, v_dim = maker.latent_heads(model)
     for num_tokens in maker.grid.prompts:
 
         def prepare(num_tokens: int = num_tokens) -> Work:

@@ -211,13 +211,18 @@ def run_facts(device: str, tiny: bool, minutes: float) -> dict[str, Any]:
     return {
         "benchmark": "gpu",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": _first_line(["git", "rev-parse", "--short", "HEAD"]),
+        "commit": commit(),
         "device": device,
         "tiny": tiny,
         "minutes": minutes,
         "gpu": {"name": name, "driver": driver, "memory": memory},
         "versions": {"python": platform.python_version(), **{n: _version(n) for n in names}},
     }
+
+
+def commit() -> str | None:
+    """The short hash of what is checked out, None without git."""
+    return _first_line(["git", "rev-parse", "--short", "HEAD"])
 
 
 def _version(package: str) -> str | None:

@@ -91,6 +91,13 @@ class Maker:
         num_heads = config["num_attention_heads"]
         return num_heads, config["num_key_value_heads"], config["hidden_size"] // num_heads
 
+    def latent_heads(self, model: str) -> tuple[int, int, int, int, int]:
+        """Heads of latent attention, the rank, and the sizes nope, rope and v of a head."""
+        config = self.config(model)
+        names = ("num_attention_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim")
+        num_heads, rank, nope, rope = (config[name] for name in names)
+        return num_heads, rank, nope, rope, config["v_head_dim"]
+
     def rotations(self, dim: int, num_positions: int) -> Tensor:
         return rotary_table(default_inv_freq(dim, 10000.0), num_positions, 1.0, self.device)
 

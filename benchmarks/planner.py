@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from benchmarks.gpu import commit
 from kernels.batch import PagedBatch
 from runtime import Engine, EngineInfo, SamplingParams, wire
 from runtime.engine import make_scheduler
@@ -32,6 +33,11 @@ STEP_SECONDS = {1: 3.3e-3, 8: 3.4e-3, 64: 4.2e-3, 256: 6.8e-3}
 TARGET_SECONDS = {1: 0.15e-3, 64: 0.6e-3, 256: 1.5e-3}
 VOCAB_SIZE = 1000
 NUM_PROMPT = 1024
+
+
+def step_seconds(num_seqs: int) -> float:
+    """Device time of a step, that of the nearest number of sequences."""
+    return STEP_SECONDS[min(STEP_SECONDS, key=lambda known: abs(known - num_seqs))]
 
 
 class NoModel:
@@ -109,8 +115,7 @@ def make_engine(num_seqs: int, num_steps: int, queue: SleepingQueue) -> Engine:
 
 def measure(num_seqs: int, num_steps: int) -> tuple[float, float, float]:
     """Host seconds per step (median, 95th percentile) and the device's idle seconds in all."""
-    seconds = STEP_SECONDS[min(STEP_SECONDS, key=lambda n: abs(n - num_seqs))]
-    queue = SleepingQueue(seconds, num_seqs)
+    queue = SleepingQueue(step_seconds(num_seqs), num_seqs)
     engine = make_engine(num_seqs, num_steps, queue)
     params = SamplingParams(temperature=0.6, top_p=0.95, max_tokens=num_steps + 16, ignore_eos=True)
     for _ in range(num_seqs):
@@ -148,7 +153,7 @@ def main() -> None:
     for num_seqs in options.sequences:
         rounds = [measure(num_seqs, options.steps) for _ in range(options.rounds)]
         host, late, idle = (statistics.median(values) for values in zip(*rounds, strict=True))
-        step = STEP_SECONDS[min(STEP_SECONDS, key=lambda n: abs(n - num_seqs))]
+        step = step_seconds(num_seqs)
         target = TARGET_SECONDS.get(num_seqs)
         share = idle / (options.steps * step)
         print(
@@ -158,7 +163,8 @@ def main() -> None:
         )
         row = {"sequences": num_seqs, "host_s": host, "host_95_s": late, "device_s": step}
         results.append({**row, "idle_share": share})
-    print(json.dumps({"benchmark": "planner", "torch": torch.__version__, "results": results}))
+    record = {"benchmark": "planner", "commit": commit(), "torch": torch.__version__}
+    print(json.dumps(record | {"results": results}))
 
 
 if __name__ == "__main__":

@@ -86,12 +86,8 @@ def linears(
 
 def heads_linears(maker: Maker, model: str) -> Iterator[Case]:
     """Queries into the latent space, and attended latents out of it."""
-    config = maker.config(model)
-    num_heads, rank = config["num_attention_heads"], config["kv_lora_rank"]
-    shapes = {
-        "absorb": (rank, config["qk_nope_head_dim"]),
-        "values": (config["v_head_dim"], rank),
-    }
+    num_heads, rank, nope, _, v_dim = maker.latent_heads(model)
+    shapes = {"absorb": (rank, nope), "values": (v_dim, rank)}
     for name, (out, size) in shapes.items():
         for rows in maker.grid.rows:
 

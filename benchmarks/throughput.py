@@ -14,7 +14,6 @@ import argparse
 import json
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -22,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.gpu import commit
 from runtime import Engine, EngineConfig, SamplingParams
 
 EMBEDDED_MODEL = Path(__file__).resolve().parent.parent / "weights" / "fathom-tiny"
@@ -108,16 +108,9 @@ def _record(
     bandwidth: float | None,
     rows: list[dict[str, float]],
 ) -> dict[str, object]:
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parent,
-    ).stdout.strip()
     return {
         "benchmark": "throughput",
-        "commit": commit,
+        "commit": commit(),
         "python": sys.version.split()[0],
         "torch": torch.__version__,
         "machine": platform.machine(),
