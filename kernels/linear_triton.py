@@ -108,9 +108,11 @@ def tile_kernel(
     weights_ptr = weight_ptr + head * weight_head_stride
     weights_ptr += features.to(tl.int64)[None, :] * weight_out_stride
     size = size_of_slice(in_features, BLOCK_K, SLICES)
-    if SLICED:
-        start = tl.program_id(1) * size
-        total = slice_product(
+    first_slice = tl.program_id(1) if SLICED else 0
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for index in range(1 if SLICED else SLICES):
+        start = (first_slice + index) * size
+        total += slice_product(
             rows_ptr,
             weights_ptr,
             is_row,
@@ -124,25 +126,10 @@ def tile_kernel(
             BLOCK_N,
             BLOCK_K,
         )
-        places = (tl.program_id(1).to(tl.int64) * num_rows + row_ids[:, None]) * out_features
+    if SLICED:
+        places = (first_slice.to(tl.int64) * num_rows + row_ids[:, None]) * out_features
         tl.store(out_ptr + places + features[None, :], total, is_row[:, None] & is_column[None, :])
     else:
-        total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        for index in range(SLICES):
-            total += slice_product(
-                rows_ptr,
-                weights_ptr,
-                is_row,
-                is_column,
-                index * size,
-                tl.minimum(index * size + size, in_features),
-                in_features,
-                weight_in_stride,
-                WHOLE_K,
-                BLOCK_M,
-                BLOCK_N,
-                BLOCK_K,
-            )
         if bias_ptr is not None:
             bias = tl.load(bias_ptr + features, mask=is_column, other=0.0)
             total += bias.to(tl.float32)[None, :]
