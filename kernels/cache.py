@@ -22,7 +22,7 @@ from torch import Tensor
 from kernels.batch import PagedBatch
 from kernels.configs import launch_config
 from kernels.dispatch import capability_of, use_triton
-from kernels.norm import rms_norm
+from kernels.norm import rms_norm, scale_normed
 from kernels.rope import rotate
 
 
@@ -44,13 +44,11 @@ def _norm_and_rotate(
     second = tl.load(source_ptr + DIM // 2 + offsets, mask=inside, other=0.0).to(tl.float32)
     dtype = target_ptr.dtype.element_ty
     if norm_ptr is not None:
-        mean_square = tl.sum(first * first + second * second, axis=1) / DIM
-        inverse = tl.rsqrt(mean_square + eps)[:, None]
-        weight = tl.load(norm_ptr + pairs, mask=is_pair, other=0.0).to(tl.float32)
-        # two roundings, of the quotient and of the product: as in kernels.norm
-        first = ((first * inverse).to(dtype).to(tl.float32) * weight).to(dtype).to(tl.float32)
-        weight = tl.load(norm_ptr + DIM // 2 + pairs, mask=is_pair, other=0.0).to(tl.float32)
-        second = ((second * inverse).to(dtype).to(tl.float32) * weight).to(dtype).to(tl.float32)
+        mean_square = (tl.sum(first * first + second * second, axis=1) / DIM)[:, None]
+        weight = tl.load(norm_ptr + pairs, mask=is_pair, other=0.0)
+        first = scale_normed(first, mean_square, eps, weight, dtype).to(tl.float32)
+        weight = tl.load(norm_ptr + DIM // 2 + pairs, mask=is_pair, other=0.0)
+        second = scale_normed(second, mean_square, eps, weight, dtype).to(tl.float32)
     tl.store(target_ptr + offsets, (first * cos - second * sin).to(dtype), mask=inside)
     tl.store(target_ptr + DIM // 2 + offsets, (second * cos + first * sin).to(dtype), mask=inside)
 
@@ -164,9 +162,8 @@ def rope_and_write_latent_kernel(
         if latent_norm_ptr is not None:
             latent = latent.to(tl.float32)
             mean_square = tl.sum(latent * latent, axis=0) / RANK
-            latent = (latent * tl.rsqrt(mean_square + eps)).to(dtype).to(tl.float32)
             weight = tl.load(latent_norm_ptr + columns, mask=is_column, other=0.0)
-            latent = (latent * weight.to(tl.float32)).to(dtype)
+            latent = scale_normed(latent, mean_square, eps, weight, dtype)
         tl.store(row_ptr + columns, latent, mask=is_column)
         # k_pe has one head: the first row of the tile
         row = heads - block * BLOCK_HEADS

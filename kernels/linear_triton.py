@@ -127,7 +127,7 @@ def tile_kernel(
             BLOCK_K,
         )
     if SLICED:
-        places = (first_slice.to(tl.int64) * num_rows + row_ids[:, None]) * out_features
+        places = (tl.program_id(1).to(tl.int64) * num_rows + row_ids[:, None]) * out_features
         tl.store(out_ptr + places + features[None, :], total, is_row[:, None] & is_column[None, :])
     else:
         if bias_ptr is not None:

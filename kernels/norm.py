@@ -22,6 +22,14 @@ from kernels.dispatch import use_triton
 
 
 @triton.jit
+def scale_normed(x, mean_square, eps, weight, dtype: tl.constexpr):
+    # weight * (x / sqrt(mean_square + eps)) of fp32 x: the quotient is rounded, then the product,
+    # which is exact in fp32 before, being one of two rounded numbers
+    normed = (x * tl.rsqrt(mean_square + eps)).to(dtype)
+    return (normed.to(tl.float32) * weight.to(tl.float32)).to(dtype)
+
+
+@triton.jit
 def rms_norm_kernel(
     x_ptr,  # [num_rows, hidden_size], rows x_stride apart
     residual_ptr,  # [num_rows, hidden_size] or None
@@ -44,11 +52,9 @@ def rms_norm_kernel(
         tl.store(total_ptr + row * hidden_size + columns, x, mask=inside)
     x32 = x.to(tl.float32)
     mean_square = tl.sum(x32 * x32, axis=0) / hidden_size
-    normed = (x32 * tl.rsqrt(mean_square + eps)).to(x.dtype)
     weight = tl.load(weight_ptr + columns, mask=inside, other=0.0)
-    # the product of two rounded numbers is exact in fp32, so it is rounded once
-    scaled = normed.to(tl.float32) * weight.to(tl.float32)
-    tl.store(out_ptr + row * hidden_size + columns, scaled.to(x.dtype), mask=inside)
+    scaled = scale_normed(x32, mean_square, eps, weight, x.dtype)
+    tl.store(out_ptr + row * hidden_size + columns, scaled, mask=inside)
 
 
 def rms_norm_config(hidden_size: int) -> dict[str, int]:

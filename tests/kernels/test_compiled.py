@@ -28,9 +28,10 @@ LAUNCHES: list[ModuleType] = [
     test_compile_linear,
     test_compile_moe,
 ]
+NAMES = [module.__name__.split(".")[-1] for module in LAUNCHES]
 pytestmark = [
     pytest.mark.skipif(INTERPRETED, reason="interpreted kernels do not compile"),
-    pytest.mark.parametrize("launches", LAUNCHES, ids=lambda module: module.__name__[21:]),
+    pytest.mark.parametrize("launches", LAUNCHES, ids=NAMES),
 ]
 
 
