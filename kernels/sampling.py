@@ -8,6 +8,7 @@
     temperature 0: the largest l, lowest id first
     else: w = exp((l - max l) / temperature), filtered, then the first id in id order with
           w[0] + ... + w[id] > u * sum(w),  u = Philox(seed, position) in [0, 1)
+    id = -1 where float32(logits) of the row holds a NaN or an infinity
 
 Every filter is a threshold on l, in this order: top-k keeps l >= the k-th largest; top-p keeps the
 smallest such set that holds the share p of what top-k left; min-p keeps w >= min_p * max w. Tokens
@@ -19,7 +20,8 @@ Graph-safe: every value of a row is read on the device; ``all_greedy``, the ``an
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -62,9 +64,12 @@ class SamplingBatch:
 
 @dataclass(slots=True)
 class Sampled:
-    """What a step drew. Log-probabilities are of the raw logits, before bias and penalties."""
+    """What a step drew. Log-probabilities are of the raw logits, before bias and penalties.
 
-    token_ids: Tensor  # [num_rows] int64
+    A row whose raw logits are not all finite drew -1, and its log-probabilities mean nothing.
+    """
+
+    token_ids: Tensor  # [num_rows] int64; -1: a raw logit of the row is NaN or infinite
     logprobs: Tensor | None = None  # [num_rows] fp32, of the drawn token
     top_ids: Tensor | None = None  # [num_rows, num_logprobs] int64, largest first, then lowest id
     top_logprobs: Tensor | None = None  # [num_rows, num_logprobs] fp32
@@ -78,8 +83,9 @@ def sample(logits: Tensor, batch: SamplingBatch) -> Sampled:
         batch: the rows' parameters.
 
     Returns:
-        The drawn ids, and log-probabilities if ``batch.num_logprobs >= 0``. A row of NaN draws some
-        id below vocab_size.
+        The drawn ids, and log-probabilities if ``batch.num_logprobs >= 0``. A row that holds a NaN
+        or an infinity below vocab_size, before bias and penalties, draws -1 and changes no bit of
+        the other rows. Clamp -1 before it indexes anything.
     """
     num_rows = logits.shape[0]
     if num_rows == 0:
@@ -87,15 +93,12 @@ def sample(logits: Tensor, batch: SamplingBatch) -> Sampled:
     if use_triton(logits):
         return Sampled(*sampling_triton.sample(logits, batch))
     raw = logits[:, : batch.vocab_size].float()  # [num_rows, vocab_size]
-    adjusted = _adjust(raw, batch)
-    # numpy's argmax is ten times as fast as torch's here; both return the lowest id among equals
-    token_ids = torch.from_numpy(adjusted.numpy().argmax(axis=1))
-    if not batch.all_greedy:
-        drawn_rows = batch.temperature.nonzero().squeeze(1)
-        if drawn_rows.shape[0] == num_rows:
-            token_ids = _draw(adjusted, batch, drawn_rows)
-        elif drawn_rows.shape[0] > 0:
-            token_ids[drawn_rows] = _draw(adjusted[drawn_rows], batch, drawn_rows)
+    not_finite = _rows_not_finite(raw)
+    if not_finite is not None:  # nothing is drawn from these
+        batch = replace(batch, temperature=batch.temperature.index_fill(0, not_finite, 0.0))
+    token_ids = _choose(_adjust(raw, batch), batch)
+    if not_finite is not None:
+        token_ids.index_fill_(0, not_finite, -1)
     if batch.num_logprobs < 0:
         return Sampled(token_ids)
     return _with_logprobs(raw, token_ids, batch.num_logprobs)
@@ -107,15 +110,15 @@ def count_tokens(output_counts: Tensor, rows: Tensor, token_ids: Tensor) -> None
     Args:
         output_counts: [num_count_rows, vocab] int32.
         rows: [num_tokens] int64; a (row, token id) pair appears once. A row below 0 counts nothing.
-        token_ids: [num_tokens] int64.
+        token_ids: [num_tokens] int64. An id below 0 counts nothing.
     """
     if token_ids.shape[0] == 0:
         return
     if use_triton(output_counts):
         sampling_logprobs_triton.count_tokens(output_counts, rows, token_ids)
         return
-    is_row = rows >= 0
-    output_counts[rows[is_row], token_ids[is_row]] += 1
+    is_counted = (rows >= 0) & (token_ids >= 0)
+    output_counts[rows[is_counted], token_ids[is_counted]] += 1
 
 
 def _empty(logits: Tensor, batch: SamplingBatch) -> Sampled:
@@ -125,6 +128,28 @@ def _empty(logits: Tensor, batch: SamplingBatch) -> Sampled:
     values = torch.empty(0, dtype=torch.float32, device=logits.device)
     shape = (0, batch.num_logprobs)
     return Sampled(ids, values, ids.view(shape), values.view(shape))
+
+
+def _rows_not_finite(raw: Tensor) -> Tensor | None:
+    """Indices of the rows that hold a NaN or an infinity, [num_not_finite] int64; None: no row."""
+    # a finite sum has finite parts; finite parts can overflow it, so the rest is looked at closely
+    if math.isfinite(raw.sum().item()):
+        return None
+    suspects = raw.sum(dim=1).isfinite().logical_not().nonzero().squeeze(1)
+    not_finite = suspects[raw[suspects].isfinite().all(dim=1).logical_not()]
+    return not_finite if not_finite.shape[0] > 0 else None
+
+
+def _choose(adjusted: Tensor, batch: SamplingBatch) -> Tensor:
+    """Return the largest of each greedy row, and one draw of each other: [num_rows] int64."""
+    drawn_rows = None if batch.all_greedy else batch.temperature.nonzero().squeeze(1)
+    if drawn_rows is not None and drawn_rows.shape[0] == adjusted.shape[0]:
+        return _draw(adjusted, batch, drawn_rows)
+    # numpy's argmax is ten times as fast as torch's here; both return the lowest id among equals
+    token_ids = torch.from_numpy(adjusted.numpy().argmax(axis=1))
+    if drawn_rows is not None and drawn_rows.shape[0] > 0:
+        token_ids[drawn_rows] = _draw(adjusted[drawn_rows], batch, drawn_rows)
+    return token_ids
 
 
 def _adjust(raw: Tensor, batch: SamplingBatch) -> Tensor:
@@ -258,7 +283,7 @@ def _largest(logits: Tensor, count: int) -> Tensor:
 
 def _with_logprobs(raw: Tensor, token_ids: Tensor, num_logprobs: int) -> Sampled:
     all_logprobs = raw.log_softmax(dim=1)
-    logprobs = all_logprobs.gather(1, token_ids.unsqueeze(1)).squeeze(1)
+    logprobs = all_logprobs.gather(1, token_ids.clamp(min=0).unsqueeze(1)).squeeze(1)
     num_top = min(num_logprobs, raw.shape[1])
     top_ids = torch.zeros((raw.shape[0], num_logprobs), dtype=torch.int64)
     top_logprobs = torch.full((raw.shape[0], num_logprobs), float("-inf"))

@@ -52,7 +52,7 @@ def logprobs_kernel(
     logits_ptr,  # [num_rows, vocab] any float
     raw_sums_ptr,  # [num_rows, 2, num_blocks] fp32
     tops_ptr,  # [num_rows, num_blocks, num_top] int64
-    token_ids_ptr,  # [num_rows] int64
+    token_ids_ptr,  # [num_rows] int64; -1 for a row that is not finite
     logprobs_ptr,  # [num_rows] fp32, out
     top_ids_ptr,  # [num_rows, num_top] int64, out
     top_logprobs_ptr,  # [num_rows, num_top] fp32, out
@@ -71,7 +71,8 @@ def logprobs_kernel(
     largest = tl.where(largest > float("-inf"), largest, 0.0)  # a row of NaN has no largest
     total = tl.sum(sums * tl.exp(block_largest - largest), axis=0)
     log_total = tl.log(tl.maximum(total, 1.0))  # it is at least 1, unless the row is NaN
-    drawn = tl.load(logits_ptr + row * logits_stride + tl.load(token_ids_ptr + row))
+    token_id = tl.maximum(tl.load(token_ids_ptr + row), 0)  # -1 lies before the row
+    drawn = tl.load(logits_ptr + row * logits_stride + token_id)
     tl.store(logprobs_ptr + row, drawn.to(tl.float32) - largest - log_total)
     # a merge of the blocks' rankings: the first of their heads, and that block moves on
     ranks = tl.zeros((BLOCKS,), dtype=tl.int32)
@@ -98,7 +99,8 @@ def count_kernel(
     inside = tokens < num_tokens
     rows = tl.load(rows_ptr + tokens, mask=inside, other=-1)
     token_ids = tl.load(token_ids_ptr + tokens, mask=inside, other=0)
-    tl.atomic_add(counts_ptr + rows * count_stride + token_ids, 1, mask=rows >= 0, sem="relaxed")
+    counted = (rows >= 0) & (token_ids >= 0)
+    tl.atomic_add(counts_ptr + rows * count_stride + token_ids, 1, mask=counted, sem="relaxed")
 
 
 def logprobs(
@@ -114,7 +116,7 @@ def logprobs(
     Args:
         logits: [num_rows, vocab], raw.
         raw_sums: [num_rows, 2, num_blocks] fp32, of blocks of ``config["BLOCK"]`` ids.
-        token_ids: [num_rows] int64.
+        token_ids: [num_rows] int64, -1 for a row that is not finite.
         vocab_size: ids at and above it are padding.
         num_top: how many of the largest ids to report.
         config: as the sampler's first launch, and BLOCKS.

@@ -26,6 +26,7 @@ NUM_LEVELS = 4  # bytes of a key
 # of one level: the bins, then the upper bytes of the key and what remained when the level began
 LEVEL_SIZE = NUM_BINS + 2
 EMPTY = -(2**63)  # a ranked token below every other
+NOT_FINITE = 2**63 - 1  # above every other: marks a block whose raw logits are not all finite
 
 _NUM_BINS = tl.constexpr(NUM_BINS)
 _NUM_LEVELS = tl.constexpr(NUM_LEVELS)
@@ -60,6 +61,7 @@ def ranked(logits, ids, vocab_size):
 
 @triton.jit
 def ranked_logit(packed):
+    """The logit; NaN, which compares false with all, of NOT_FINITE."""
     ordered = (packed >> 32).to(tl.int32)
     bits = tl.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered)
     logit = bits.to(tl.float32, bitcast=True)

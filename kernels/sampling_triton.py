@@ -15,6 +15,8 @@ bins of ``kernels.sampling_search_triton``, which also says how a threshold is f
 A flag that is set without need costs its 4 launches, which return at once, and changes no bit.
 After the first, a pass skips the blocks whose largest logit lies below what it looks for. A logit
 is 4 bytes in fp32: 0.6 MB a pass for 152k ids, which the L2 cache keeps.
+A block whose raw logits are not all finite says so in place of its largest, and that is above every
+logit: the row's later passes find it where they look for the largest, and do nothing.
 Mass is added up in integers, so a row's token depends on the row alone: not on the batch, not on
 BLOCK, and not on filters that other rows use.
 Graph-safe: grids follow from shapes, what is per row is loaded, nothing returns to the host.
@@ -34,6 +36,7 @@ from kernels.dispatch import capability_of
 from kernels.sampling_logprobs_triton import logprobs
 from kernels.sampling_search_triton import (
     LEVEL_SIZE,
+    NOT_FINITE,
     NUM_LEVELS,
     best_of_row,
     clear_bins,
@@ -51,6 +54,7 @@ if TYPE_CHECKING:
     from kernels.sampling import SamplingBatch
 
 _BIASES = tl.constexpr(16)  # looked at together
+_NOT_FINITE = tl.constexpr(NOT_FINITE)
 
 
 @triton.jit
@@ -73,7 +77,7 @@ def _add_bias(logits, ids, block, row, bias_ids_ptr, bias_values_ptr, max_bias, 
 def block_best_kernel(
     logits_ptr,  # [num_rows, vocab] any float
     adjusted_ptr,  # [num_rows, vocab_size] fp32, out; None without bias and counts
-    best_ptr,  # [num_rows, num_blocks] int64, out: the first of the ranking of adjusted logits
+    best_ptr,  # [num_rows, num_blocks] int64, out: the first of the adjusted logits or NOT_FINITE
     raw_sums_ptr,  # [num_rows, 2, num_blocks] fp32, out: largest m, sum of exp(l - m); or None
     search_ptr,  # [num_rows, 2, NUM_LEVELS, LEVEL_SIZE] int64, cleared; None without top-k, top-p
     counts_ptr,  # [num_count_rows, count_stride] int32
@@ -93,6 +97,7 @@ def block_best_kernel(
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     ids = block * BLOCK + tl.arange(0, BLOCK)
     logits = load_logits(logits_ptr + row * logits_stride, ids, vocab_size)
+    is_finite = (tl.abs(logits) < float("inf")) | (ids >= vocab_size)  # NaN was loaded as -inf
     if search_ptr is not None:
         clear_bins(search_ptr, row, block, num_blocks)
     if raw_sums_ptr is not None:
@@ -116,8 +121,8 @@ def block_best_kernel(
     if adjusted_ptr is not None:
         logits = tl.where(logits == logits, logits, float("-inf"))
         tl.store(adjusted_ptr + row * vocab_size + ids, logits, mask=ids < vocab_size)
-    best = tl.max(ranked(logits, ids, vocab_size), axis=0)
-    tl.store(best_ptr + row * num_blocks + block, best)
+    packed = tl.where(is_finite, ranked(logits, ids, vocab_size), _NOT_FINITE)
+    tl.store(best_ptr + row * num_blocks + block, tl.max(packed, axis=0))
 
 
 @triton.jit
@@ -142,7 +147,7 @@ def block_mass_kernel(
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     temperature = tl.load(temperature_ptr + row)
     largest = ranked_logit(best_of_row(best_ptr, row, num_blocks, BLOCKS))
-    if (temperature > 0) & (largest > float("-inf")):  # others take the largest
+    if (temperature > 0) & (largest > float("-inf")):  # others take the largest, or -1
         floor, min_p = _filters(
             search_ptr, row, top_k_ptr, top_p_ptr, min_p_ptr, ANY_FILTER, ANY_TOP_K, ANY_TOP_P
         )
@@ -194,7 +199,7 @@ def draw_kernel(
     best_ptr,  # [num_rows, num_blocks] int64
     search_ptr,  # [num_rows, 2, NUM_LEVELS, LEVEL_SIZE] int64, or None
     masses_ptr,  # [num_rows, num_blocks] int64, or None
-    token_ids_ptr,  # [num_rows] int64, out
+    token_ids_ptr,  # [num_rows] int64, out; -1 for a row that is not finite
     temperature_ptr,  # [num_rows] fp32
     top_k_ptr,  # [num_rows] int32
     top_p_ptr,  # [num_rows] fp32
@@ -213,7 +218,7 @@ def draw_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     best = best_of_row(best_ptr, row, num_blocks, BLOCKS)
-    token_id = ranked_id(best)
+    token_id = tl.where(best == _NOT_FINITE, -1, ranked_id(best))
     if not ALL_GREEDY:
         temperature = tl.load(temperature_ptr + row)
         largest = ranked_logit(best)

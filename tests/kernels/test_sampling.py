@@ -1,4 +1,4 @@
-"""The sampler: exact distributions, ties, determinism, penalties by hand, log-probabilities."""
+"""The sampler: exact distributions, ties, determinism, penalties, log-probabilities, NaN."""
 
 from __future__ import annotations
 
@@ -220,11 +220,7 @@ def test_head_padding_is_never_seen(device: str, temperature: float) -> None:
     drawn = sample(logits.to(device), make_batch(rows, 50, num_logprobs=4, device=device))
     clean = sample(logits[:, :50].to(device), make_batch(rows, 50, num_logprobs=4, device=device))
     for index in range(3):
-        assert_same(
-            Sampled(*(getattr(drawn, name)[index : index + 1] for name in Sampled.__slots__)),
-            clean,
-            index,
-        )
+        assert_same(row_of(drawn, index), clean, index)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -281,10 +277,11 @@ def test_top_p_shares_what_top_k_left_to_the_last_token(device: str) -> None:
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, of infinities in the interpreter
 @pytest.mark.parametrize("device", DEVICES[-1:])  # the torch body promises nothing here
 @pytest.mark.parametrize("row", [Row(), Row(top_k=3, top_p=0.5, min_p=0.2), Row(1e-45)])
-def test_an_infinite_logit_and_no_heat_draw_the_largest(device: str, row: Row) -> None:
+def test_a_logit_adjusted_to_infinity_and_no_heat_draw_the_largest(device: str, row: Row) -> None:
     logits = make_logits(1, 40, seed=17)
     if row.temperature == 1:
-        logits[0, 33] = float("inf")
+        logits[0, 33] = 3e38
+        row = replace(row, counts={33: 1}, repetition=0.1)
     ids = sample(logits.to(device), make_batch([row], 40, device=device)).token_ids
     assert ids.tolist() == [int(logits.argmax())]
 
@@ -375,16 +372,114 @@ def test_logprobs_are_of_the_raw_logits(device: str, num_logprobs: int) -> None:
     )
 
 
+KINDS = {
+    "greedy": [Row(0.0)] * 3,
+    "drawn": [Row(seed=1), Row(seed=2), Row(0.6, seed=3)],
+    "filtered": [COMBINATIONS["top_k_top_p_min_p"], Row(top_p=0.9), Row(min_p=0.1, top_k=9)],
+    "penalties": [COMBINATIONS["penalties"], COMBINATIONS["bias"], COMBINATIONS["all"]],
+    "mixed": [Row(0.0, presence=1.0, counts=COUNTS), Row(seed=4), Row(0.7, top_p=0.8, bias=BIAS)],
+}
+NOT_FINITE = [float("nan"), float("inf"), float("-inf")]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, of infinities in the interpreter
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_row_of_nan_leaves_the_others_alone(device: str) -> None:
-    logits = make_logits(3, 64, seed=8)
-    logits[1] = float("nan")
-    rows = [replace(COMBINATIONS["all"], counts={}, bias={})] * 3
-    whole = sample(logits.to(device), make_batch(rows, 64, num_logprobs=2, device=device))
-    assert 0 <= int(whole.token_ids[1]) < 64
-    alone = make_batch(rows[:1], 64, num_logprobs=2, device=device)
-    for index in (0, 2):
-        assert_same(sample(logits[index : index + 1].to(device), alone), whole, index)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("value", NOT_FINITE)
+def test_a_row_that_is_not_finite_draws_minus_one_and_leaves_the_others_alone(
+    device: str, kind: str, value: float
+) -> None:
+    """One such logit is enough, in any column, a banned one too; the others keep their bits."""
+    vocab_size = 70
+    finite, first, last = KINDS[kind]
+    rows = [first, finite, last, first, last, finite, first]
+    columns = {0: 0, 2: 13, 3: 31, 4: 32, 6: vocab_size - 1}  # of row 6: the last logit of all
+    logits = make_logits(len(rows), vocab_size, seed=8)
+    clean = logits.clone()
+    for index, column in columns.items():
+        logits[index, column] = value
+    whole = sample(logits.to(device), make_batch(rows, vocab_size, num_logprobs=3, device=device))
+    others = [1, 5]
+    batch = make_batch([rows[index] for index in others], vocab_size, num_logprobs=3, device=device)
+    expected = sample(clean[others].to(device), batch)
+    assert [int(whole.token_ids[index]) for index in columns] == [-1] * len(columns)
+    for position, index in enumerate(others):
+        assert_same(row_of(expected, position), whole, index)
+
+
+if not INTERPRETED:
+
+    @pytest.mark.parametrize("device", DEVICES)
+    def test_no_token_of_many_neighbours_changes(device: str) -> None:
+        rows = [
+            replace(row, seed=index, position=turn)
+            for turn in range(100)
+            for index, row in enumerate(COMBINATIONS.values())
+        ]
+        logits = make_logits(len(rows), 300, seed=23)
+        batch = make_batch(rows, 300, device=device)
+        expected = sample(logits.to(device), batch).token_ids.tolist()
+        logits[777, 299] = float("inf")
+        expected[777] = -1
+        assert sample(logits.to(device), batch).token_ids.tolist() == expected
+
+
+def row_of(drawn: Sampled, index: int) -> Sampled:
+    return Sampled(*(getattr(drawn, name)[index : index + 1] for name in Sampled.__slots__))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", ["greedy", "mixed"])
+def test_nothing_in_the_head_padding_marks_a_row(device: str, kind: str) -> None:
+    logits = make_logits(3, 76, seed=20)
+    logits[:, 70:73] = torch.tensor(NOT_FINITE)
+    batch = make_batch(KINDS[kind], 70, num_logprobs=2, device=device)
+    drawn = sample(logits.to(device), batch)
+    clean = sample(logits[:, :70].contiguous().to(device), batch)
+    assert min(drawn.token_ids.tolist()) >= 0
+    for index in range(3):
+        assert_same(row_of(clean, index), drawn, index)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, HALF, torch.float16])
+def test_large_finite_logits_mark_no_row(device: str, dtype: torch.dtype) -> None:
+    """Sums of these overflow, with either sign, in a row and over the rows."""
+    largest = torch.finfo(dtype).max
+    logits = torch.full((4, 70), largest, dtype=dtype)
+    logits[1] = -largest
+    logits[2] = min(1e30, largest)
+    logits[3, 40] = float("nan")
+    batch = make_batch([Row(seed=1)] * 4, 70, num_logprobs=1, device=device)
+    drawn = sample(logits.to(device), batch)
+    flat = sample(
+        torch.zeros(3, 70, device=device), make_batch([Row(seed=1)] * 3, 70, device=device)
+    )
+    assert drawn.token_ids.tolist() == [*flat.token_ids.tolist(), -1]
+    assert drawn.logprobs is not None
+    torch.testing.assert_close(drawn.logprobs[:3].cpu(), torch.full((3,), -np.log(70)).float())
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, of infinities in the interpreter
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [HALF, torch.float16])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_halves_that_are_not_finite_mark_their_rows(
+    device: str, dtype: torch.dtype, temperature: float
+) -> None:
+    logits = make_logits(4, 70, seed=21).to(dtype)
+    logits[[0, 1, 3], [69, 5, 0]] = torch.tensor(NOT_FINITE, dtype=dtype)
+    batch = make_batch([Row(temperature)] * 4, 70, device=device)
+    ids = sample(logits.to(device), batch).token_ids.tolist()
+    assert ids[:2] == [-1, -1] and ids[2] >= 0 and ids[3] == -1
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_ban_of_every_token_marks_no_row(device: str, temperature: float) -> None:
+    row = Row(temperature, bias=dict.fromkeys(range(40), float("-inf")))
+    logits = make_logits(1, 40, seed=22).to(device)
+    assert 0 <= int(sample(logits, make_batch([row], 40, device=device)).token_ids[0]) < 40
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -456,6 +551,14 @@ def test_a_cuda_graph_replays_with_new_rows(greedy: bool) -> None:
         expected = sample(logits, replace(batch, any_filter=True))
         for name in Sampled.__slots__:
             assert torch.equal(getattr(drawn, name), getattr(expected, name)), name
+    for index, value in enumerate(NOT_FINITE):
+        logits[5 * index, 1000 * index] = value
+    graph.replay()
+    for index in range(15):
+        if index % 5 == 0:
+            assert int(drawn.token_ids[index]) == -1
+        else:
+            assert_same(row_of(expected, index), drawn, index)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -537,7 +640,7 @@ def test_a_padding_row_leaves_the_others_alone(device: str) -> None:
     assert batch.rows is not None
     padded = replace(batch, rows=torch.tensor([int(batch.rows[0]), -1], device=device))
     whole = sample(logits.to(device), padded)
-    assert 0 <= int(whole.token_ids[1]) < 64
+    assert int(whole.token_ids[1]) == -1
     assert_same(whole, sample(logits.to(device), batch), 0)
 
 
@@ -559,6 +662,7 @@ def test_count_tokens(device: str) -> None:
     counts.zero_()
     count_tokens(counts, *(torch.tensor(ids, device=device) for ids in ([0, 2, -1], [4, 1, 3])))
     count_tokens(counts, *(torch.tensor(ids, device=device) for ids in ([-1, 2], [0, 1])))
+    count_tokens(counts, *(torch.tensor(ids, device=device) for ids in ([0, 1, 2], [-1, -1, -1])))
     none = torch.empty(0, dtype=torch.int64, device=device)
     count_tokens(counts, none, none)
     assert counts.tolist() == [[0, 0, 0, 0, 1], [0] * 5, [0, 2, 0, 0, 0]]
