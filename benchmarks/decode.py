@@ -130,6 +130,7 @@ def make_engine(
         vocab_size=model.config.vocab_size,
         eos_token_ids=(),
         run_ahead=int(part.on_gpu),
+        prefix_cache=False,
     )
     return Engine(runner, make_scheduler(info), info), passing
 

@@ -75,6 +75,7 @@ def main() -> None:
         dtype=options.dtype,
         max_num_seqs=max(options.batch),
         max_model_len=options.prompt + options.new,
+        prefix_cache=False,  # each round reads its prompts again
         num_threads=options.threads,
     )
     engine = Engine.from_checkpoint(config)

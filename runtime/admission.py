@@ -9,16 +9,31 @@ from runtime.engine_config import EngineInfo
 from runtime.errors import BadRequest, ContextLengthExceeded
 from runtime.request import SamplingParams, Sequence
 
+MAX_PRIORITY = 1000
 _SEEDS = random.SystemRandom()
 
 
-def admit(seq_id: int, prompt_ids: Seq[int], params: SamplingParams, info: EngineInfo) -> Sequence:
+def admit(
+    seq_id: int,
+    prompt_ids: Seq[int],
+    params: SamplingParams,
+    info: EngineInfo,
+    *,
+    namespace: str = "",
+    priority: int = 0,
+) -> Sequence:
     """A waiting `Sequence` for this request.
 
     ``max_tokens`` beyond the context is clamped (the answer then ends with "length").
-    Raises `BadRequest` for an empty prompt or a token id outside the vocabulary, and
-    `ContextLengthExceeded` for a prompt that leaves no room for a token.
+    Raises `BadRequest` for an empty prompt, a token id outside the vocabulary or a priority out of
+    range, and `ContextLengthExceeded` for a prompt that leaves no room for a token.
     """
+    if abs(priority) > MAX_PRIORITY:
+        raise BadRequest(
+            f"priority must be between {-MAX_PRIORITY} and {MAX_PRIORITY}, got {priority}",
+            param="priority",
+            code="integer_below_min_value" if priority < 0 else "integer_above_max_value",
+        )
     if not prompt_ids:
         raise BadRequest("the prompt is empty", param="messages", code="invalid_value")
     if len(prompt_ids) >= info.max_model_len:
@@ -42,4 +57,6 @@ def admit(seq_id: int, prompt_ids: Seq[int], params: SamplingParams, info: Engin
         params=params,
         seed=_SEEDS.getrandbits(63) if params.seed is None else params.seed,
         max_new_tokens=min(params.max_tokens or room, room),
+        namespace=namespace,
+        priority=priority,
     )

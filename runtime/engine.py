@@ -19,7 +19,7 @@ from runtime.admission import admit
 from runtime.engine_config import EngineConfig, EngineInfo, resolve_pages
 from runtime.errors import ConfigError
 from runtime.models.layers import Fp8Format, Placement
-from runtime.request import FinishReason, SamplingParams, TokenEvent, TokenLogprobs
+from runtime.request import FinishReason, SamplingParams, Sequence, TokenEvent, TokenLogprobs
 from runtime.runner import ModelRunner
 from runtime.scheduler import Plan, SampledToken, Scheduler
 from runtime.text import TextAssembler
@@ -39,6 +39,10 @@ Progress = Callable[[int, int], None]
 
 class RunningStep(Protocol):
     """A step under way on the device."""
+
+    @property
+    def failed(self) -> Seq[Sequence]:
+        """Sequences of the step whose own parameters could not be prepared."""
 
     def tokens(self) -> list[SampledToken]:
         """Wait for the step; one token per sampling chunk, in plan order. Call it once."""
@@ -77,11 +81,15 @@ class Engine:
         scheduler: Scheduler,
         info: EngineInfo,
         tokenizer: Tokenizer | None = None,
+        *,
+        on_start: Callable[[list[Sequence]], None] | None = None,
     ) -> None:
+        """``on_start`` is told of sequences that run for the first time, before they do."""
         self.runner = runner
         self.scheduler = scheduler
         self.info = info
         self.tokenizer = tokenizer
+        self.on_start = on_start
         self._seq_ids = itertools.count()
         self._in_flight: deque[tuple[Plan, RunningStep]] = deque()
 
@@ -136,6 +144,7 @@ class Engine:
             vocab_size=tokenizer.num_tokens,
             eos_token_ids=tuple(sorted(tokenizer.eos_token_ids)),
             run_ahead=config.resolve_run_ahead(device),
+            prefix_cache=config.prefix_cache,
         )
         runner = ModelRunner(
             model,
@@ -158,11 +167,22 @@ class Engine:
     # -- the step API ----------------------------------------------------------------------
 
     def add(
-        self, prompt_ids: Seq[int], params: SamplingParams, *, seq_id: int | None = None
+        self,
+        prompt_ids: Seq[int],
+        params: SamplingParams,
+        *,
+        seq_id: int | None = None,
+        namespace: str = "",
+        priority: int = 0,
     ) -> int:
-        """Queue a sequence; its id. Raises `BadRequest` or `ContextLengthExceeded`."""
+        """Queue a sequence; its id. Raises `BadRequest` or `ContextLengthExceeded`.
+
+        Only sequences of one ``namespace`` share cached pages. A lower ``priority`` runs first.
+        """
         seq_id = next(self._seq_ids) if seq_id is None else seq_id
-        self.scheduler.add(admit(seq_id, prompt_ids, params, self.info))
+        self.scheduler.add(
+            admit(seq_id, prompt_ids, params, self.info, namespace=namespace, priority=priority)
+        )
         return seq_id
 
     def abort(self, seq_id: int) -> bool:
@@ -176,17 +196,24 @@ class Engine:
     def step(self) -> list[TokenEvent]:
         """Launch what is due, and commit the oldest step once enough are under way.
 
-        Empty if there is nothing to do or nothing to report yet.
+        Empty if there is nothing to do or nothing to report yet. What it raises concerns every
+        sequence that runs.
         """
+        events: list[TokenEvent] = []
         plan = self.scheduler.plan()
         if plan is not None:
-            self._in_flight.append((plan, self.runner.launch(plan)))
+            new = [seq for seq in plan.started if seq.num_preemptions == 0]
+            if new and self.on_start is not None:
+                self.on_start(new)
+            step = self.runner.launch(plan)
+            events += [self.scheduler.fail(seq) for seq in step.failed]
+            self._in_flight.append((plan, step))
             if len(self._in_flight) <= self.info.run_ahead:
-                return []
-        if not self._in_flight:
-            return []
-        plan, running = self._in_flight.popleft()
-        return self.scheduler.commit(plan, running.tokens())
+                return events
+        if self._in_flight:
+            plan, step = self._in_flight.popleft()
+            events += self.scheduler.commit(plan, step.tokens())
+        return events
 
     def fail_running(self) -> list[TokenEvent]:
         """End every sequence that runs or had a step under way, after one that raised."""
@@ -201,7 +228,12 @@ class Engine:
             "num_waiting": len(self.scheduler.waiting),
             "num_pages": self.scheduler.pool.num_pages,
             "num_free_pages": self.scheduler.pool.num_free,
+            "num_cached_pages": self.scheduler.pool.num_cached,
         }
+
+    def reset_cache(self) -> None:
+        """Forget what finished sequences left in the cache; those that run go on."""
+        self.scheduler.pool.forget_all()
 
     def warm_up(self, *, record_all: bool = False) -> None:
         """Compile what every request needs, so that a GPU that cannot run it fails the start.
@@ -218,6 +250,7 @@ class Engine:
                     self.add([0] * num_prompt, greedy if num_seqs == 1 else drawn)
                 while self.has_work:
                     self.step()
+                self.reset_cache()
             if record_all:
                 self.runner.record_all()
         except Exception as error:  # whatever driver, compiler or memory raise
@@ -296,4 +329,6 @@ def make_scheduler(info: EngineInfo) -> Scheduler:
         max_num_seqs=info.max_num_seqs,
         max_step_tokens=info.max_step_tokens,
         eos_token_ids=info.eos_token_ids,
+        model=info.model,
+        prefix_cache=info.prefix_cache,
     )

@@ -43,6 +43,7 @@ class EngineConfig:
     yarn_attn_factor: str = "checkpoint"  # checkpoint: as config.json says | ignore
     page_size: int = DEFAULT_PAGE_SIZE  # tokens in a page of the KV cache
     kv_cache_memory: int | None = None  # bytes
+    prefix_cache: bool = True  # keep full pages, for prompts that begin as an earlier one did
     cuda_graphs: str = "lazy"  # of decode steps: lazy: when first needed | start | off
     batch_invariant: bool = False  # on a GPU: no token's bits follow the size of its batch
     run_ahead: int | None = None  # steps launched before the oldest is read; None: 1 on a GPU
@@ -164,6 +165,7 @@ class EngineInfo:
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     run_ahead: int = 0  # steps launched before the oldest is read
+    prefix_cache: bool = True
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> EngineInfo:

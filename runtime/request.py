@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
+from runtime.blocks import Prefix
 from runtime.errors import BadRequest
 
 MAX_STOP_STRINGS = 16
@@ -113,12 +114,13 @@ class SamplingParams:
 
 
 class FinishReason(enum.StrEnum):
-    """Why a sequence ended, in the API's words (`ABORT` and `ERROR` never reach a good answer)."""
+    """Why a sequence ended, in the API's words; those from `ABORT` on never end a good answer."""
 
     STOP = "stop"
     LENGTH = "length"
     ABORT = "abort"
     ERROR = "error"
+    NOT_FINITE = "not_finite"  # the model's numbers overflowed
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +169,8 @@ class Sequence:
     params: SamplingParams
     seed: int
     max_new_tokens: int  # params.max_tokens clamped to the context
+    namespace: str = ""  # whose pages it may share
+    priority: int = 0  # lower runs first
     output_ids: list[int] = field(default_factory=list)
     block_table: list[int] = field(default_factory=list)
     num_computed: int = 0
@@ -174,6 +178,10 @@ class Sequence:
     row: int = -1  # index into the sampler's per-sequence state while running
     status: SequenceStatus = SequenceStatus.WAITING
     num_preemptions: int = 0
+    num_cached: int = 0  # tokens of the prompt that were in the cache when it first ran
+    num_published: int = 0  # pages of the block table that the cache knows of
+    prefixes: list[Prefix] = field(default_factory=list)  # of full pages, as far as worked out
+    order: tuple[int, int] = (0, 0)  # (priority, arrival): who comes first
 
     @property
     def num_prompt(self) -> int:
@@ -182,6 +190,10 @@ class Sequence:
     @property
     def num_tokens(self) -> int:
         return len(self.prompt_ids) + len(self.output_ids) + self.num_pending
+
+    @property
+    def max_num_tokens(self) -> int:
+        return len(self.prompt_ids) + self.max_new_tokens
 
     def token_range(self, start: int, end: int) -> list[int]:
         """Ids of the known tokens in [start, end)."""

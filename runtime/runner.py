@@ -6,6 +6,7 @@ so the host may launch a step before it has seen the tokens of the one before.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ from kernels.batch import PagedBatch
 from kernels.sampling import Sampled, count_tokens, sample
 from runtime.graphs import CudaQueue, DecodeGraphs, DeviceQueue, GraphKey, HostQueue, Inputs
 from runtime.models import CausalLM
-from runtime.request import TokenLogprobs
+from runtime.request import Sequence, TokenLogprobs
 from runtime.sampler_rows import SamplerRows, SamplingKind
 from runtime.scheduler import Chunk, Plan, SampledToken
 from runtime.staging import Array, Staging
@@ -53,7 +54,9 @@ class LaunchedStep:
         drawn: Sampled | None,
         wait: Callable[[], None],
         give_back: Callable[[], None],
+        failed: list[Sequence],
     ) -> None:
+        self.failed = failed
         self._chunks = chunks
         self._drawn = drawn
         self._wait = wait
@@ -135,14 +138,14 @@ class ModelRunner:
     @torch.inference_mode()
     def launch(self, plan: Plan) -> LaunchedStep:
         """Write K/V of exactly [start, end) of each chunk; draw a token where a chunk samples."""
-        for seq in plan.started:
-            self._num_pages[seq.row] = 0
-            self.sampler.start(seq)
+        failed = self._start_rows(plan.started)
         staging = self._idle_staging.pop() if self._idle_staging else _StepStaging(self.device)
         sampling = [chunk for chunk in plan.chunks if chunk.samples]
         rows = np.array([chunk.seq.row for chunk in sampling], np.int64)
         kind = self.sampler.kind_of(rows) if sampling else None
-        key = self.graphs.key_of(plan, kind) if self.graphs else None
+        # a sequence that begins behind cached pages brings more than a graph has room for
+        is_usual = all(len(seq.block_table) == 1 for seq in plan.started)
+        key = self.graphs.key_of(plan, kind) if self.graphs and is_usual else None
         arrays, shape = self._arrays(plan, sampling, key)
         fields = staging.inputs.pack(arrays)
         drawn: Sampled | None = None
@@ -162,8 +165,20 @@ class ModelRunner:
             drawn = self._sample(output, inputs, kind)
         read = None if drawn is None else self._start_reading(drawn)
         return LaunchedStep(
-            sampling, read, self.queue.mark(), lambda: self._idle_staging.append(staging)
+            sampling, read, self.queue.mark(), lambda: self._idle_staging.append(staging), failed
         )
+
+    def _start_rows(self, started: list[Sequence]) -> list[Sequence]:
+        """Fill the rows of sequences that begin; those whose parameters could not be taken over."""
+        failed = []
+        for seq in started:
+            self._num_pages[seq.row] = 0
+            try:
+                self.sampler.start(seq)
+            except Exception:
+                traceback.print_exc()
+                failed.append(seq)
+        return failed
 
     # -- what runs on the device, recorded or not ------------------------------------------
 
@@ -208,7 +223,8 @@ class ModelRunner:
         sampled = sample(logits, batch)
         if batch.output_counts is not None and batch.rows is not None:
             count_tokens(batch.output_counts, batch.rows, sampled.token_ids)
-        self._last_tokens.index_copy_(0, inputs["sample_rows"], sampled.token_ids)
+        # what is no token is embedded as one until the host has seen it
+        self._last_tokens.index_copy_(0, inputs["sample_rows"], sampled.token_ids.clamp(min=0))
         return sampled
 
     def _padding(self, key: GraphKey) -> dict[str, Array]:

@@ -7,13 +7,23 @@ A step may be planned while earlier ones still run: what they draw is pending, a
 
 from __future__ import annotations
 
-from collections import deque
+import itertools
+from bisect import insort
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from operator import attrgetter
 
-from runtime.blocks import PagePool
+from runtime.blocks import PagePool, Prefix, extend_key, root_key
 from runtime.request import FinishReason, Sequence, SequenceStatus, TokenEvent, TokenLogprobs
+
+MAX_PREEMPTIONS = 3
+"""So often a sequence yields; then it waits until it fits whole, and nobody comes before it."""
+NOT_A_TOKEN = -1
+"""Drawn from logits that are not finite."""
+FIRST = -(1 << 31)
+"""Comes before every priority that a client may ask for."""
+_order = attrgetter("order")
 
 
 @dataclass(slots=True)  # not frozen, here and below: thousands are made in a second
@@ -24,6 +34,7 @@ class Chunk:
     start: int
     end: int
     samples: bool
+    num_preemptions: int  # of the sequence when this was planned
 
     @property
     def num_tokens(self) -> int:
@@ -36,7 +47,7 @@ class Plan:
 
     chunks: list[Chunk]
     num_decodes: int  # chunks with one token
-    started: list[Sequence]  # sequences that got a row since the last plan
+    started: list[Sequence]  # sequences that got a row since the last plan, also once more
 
     @property
     def num_tokens(self) -> int:
@@ -55,11 +66,15 @@ class Scheduler:
     """First come, first served, continuous batching over a `PagePool`.
 
     ``plan()`` chooses chunks with at most ``max_step_tokens`` tokens and allocates their pages;
-    ``commit()`` is the only place that appends tokens, decides ``finish_reason`` and frees pages.
-    Plans are committed in their order, but the next may be made before. Steps run in order too, so
-    pages freed while a later step that still writes to them is under way may be given out again.
+    ``commit()`` is the only place that appends tokens, decides ``finish_reason``, publishes pages
+    and frees them. Plans are committed in their order, but the next may be made before. Steps run
+    in order too, so pages freed while a later step that still writes to them is under way may be
+    given out again.
     A sequence that cannot get a page makes the latest arrival give its pages back and recompute
     later, so the earliest always moves on. Callers admit only sequences that fit the whole pool.
+
+    With ``prefix_cache`` a sequence begins behind the pages that hold the start of its tokens
+    already, up to its last token, which is always computed. Such pages are full and never written.
     """
 
     def __init__(
@@ -70,15 +85,20 @@ class Scheduler:
         max_num_seqs: int,
         max_step_tokens: int,
         eos_token_ids: Iterable[int],
+        model: str = "",
+        prefix_cache: bool = True,
     ) -> None:
         self.pool = PagePool(num_pages)
         self.page_size = page_size
         self.max_num_seqs = max_num_seqs
         self.max_step_tokens = max_step_tokens
         self.eos_token_ids = frozenset(eos_token_ids)
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []  # in order of arrival
+        self.model = model
+        self.prefix_cache = prefix_cache
+        self.waiting: list[Sequence] = []  # by priority, then by arrival
+        self.running: list[Sequence] = []  # likewise
         self._sequences: dict[int, Sequence] = {}
+        self._arrivals = itertools.count()
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
         self._started: list[Sequence] = []
 
@@ -87,7 +107,8 @@ class Scheduler:
     def add(self, seq: Sequence) -> None:
         assert seq.seq_id not in self._sequences, f"sequence {seq.seq_id} added twice"
         self._sequences[seq.seq_id] = seq
-        self.waiting.append(seq)
+        seq.order = (seq.priority, next(self._arrivals))
+        insort(self.waiting, seq, key=_order)
 
     def abort(self, seq_id: int) -> bool:
         """Forget a sequence in any state and free its pages. False if it is already gone."""
@@ -134,10 +155,16 @@ class Scheduler:
         events = []
         tokens: Iterator[SampledToken] = iter(sampled)
         for chunk in plan.chunks:
-            if not chunk.samples:
-                continue
-            seq, token = chunk.seq, next(tokens)
+            seq, token = chunk.seq, next(tokens) if chunk.samples else None
             if seq.status is SequenceStatus.FINISHED:
+                continue
+            if token is not None and token.token_id == NOT_A_TOKEN:
+                self.pool.forget(seq.block_table)
+                events.append(self.fail(seq, FinishReason.NOT_FINITE))
+                continue
+            if chunk.end // self.page_size > seq.num_published:
+                self._publish(chunk)
+            if token is None:
                 continue
             seq.num_pending -= 1
             seq.output_ids.append(token.token_id)
@@ -147,12 +174,15 @@ class Scheduler:
             events.append(TokenEvent(seq.seq_id, token.token_id, reason, token.logprobs))
         return events
 
+    def fail(self, seq: Sequence, reason: FinishReason = FinishReason.ERROR) -> TokenEvent:
+        """End one sequence that went wrong."""
+        self._finish(seq)
+        return TokenEvent(seq.seq_id, None, reason)
+
     def fail_running(self) -> list[TokenEvent]:
         """End what runs, and what waits for a token that will not come; others wait on."""
         failed = self.running + [seq for seq in self.waiting if seq.num_pending]
-        for seq in failed:
-            self._finish(seq)
-        return [TokenEvent(seq.seq_id, None, FinishReason.ERROR) for seq in failed]
+        return [self.fail(seq) for seq in failed]
 
     def check(self) -> None:
         """Assert that pages, rows and sequence lists agree. For tests."""
@@ -160,8 +190,11 @@ class Scheduler:
         rows = [seq.row for seq in self.running]
         assert sorted(rows + self._free_rows) == list(range(self.max_num_seqs))
         assert {*self.running, *self.waiting} == set(self._sequences.values())
+        for queue in (self.running, self.waiting):
+            assert queue == sorted(queue, key=_order)
         for seq in self.running:
             assert len(seq.block_table) * self.page_size >= seq.num_computed
+            assert seq.num_published * self.page_size <= seq.num_computed
         for seq in self.waiting:
             assert not seq.block_table and seq.num_computed == 0 and seq.row == -1
         assert all(0 <= seq.num_pending <= seq.max_new_tokens for seq in self._sequences.values())
@@ -198,17 +231,22 @@ class Scheduler:
         chunks: list[Chunk] = []
         while self.waiting and self._free_rows:
             seq = self.waiting[0]
-            num_tokens = self._part(seq.num_tokens, budget)
-            # A preempted sequence may have a token that is still being drawn.
-            if num_tokens == 0 or seq.num_pending:
+            if seq.num_pending:
+                break  # it was preempted, and a token of it is still being drawn
+            cached = self._find_prefix(seq)
+            num_cached = len(cached) * self.page_size
+            num_tokens = self._part(seq.num_tokens - num_cached, budget)
+            if num_tokens == 0 or not self._has_room(seq, cached):
                 break
-            # One page beyond the prompt keeps a newcomer from preempting itself at its first token.
-            if self._pages_for(seq.num_tokens + 1) > self.pool.num_free:
-                break
-            self.waiting.popleft()
+            self.pool.share(cached)
+            seq.block_table = cached
+            seq.num_computed, seq.num_published = num_cached, len(cached)
+            if seq.num_preemptions == 0:
+                seq.num_cached = num_cached
+            del self.waiting[0]
             seq.status = SequenceStatus.RUNNING
             seq.row = self._free_rows.pop()
-            self.running.append(seq)
+            insort(self.running, seq, key=_order)
             self._started.append(seq)
             num_tokens = self._grow(seq, num_tokens)
             chunks.append(self._chunk(seq, num_tokens))
@@ -231,7 +269,7 @@ class Scheduler:
         samples = end == seq.num_tokens
         seq.num_computed = end
         seq.num_pending += samples
-        return Chunk(seq, start, end, samples)
+        return Chunk(seq, start, end, samples, seq.num_preemptions)
 
     def _is_complete(self, seq: Sequence) -> bool:
         """Whether the tokens on their way are the last that the sequence may have."""
@@ -268,19 +306,67 @@ class Scheduler:
         return True
 
     def _preempt(self, seq: Sequence) -> None:
-        """Give a sequence's pages back; it waits in front and recomputes what it knows."""
+        """Give a sequence's pages back; it waits and recomputes what the cache has lost by then."""
         self._release(seq)
         seq.status = SequenceStatus.WAITING
         seq.num_computed = 0
         seq.num_preemptions += 1
-        self.waiting.appendleft(seq)
+        if seq.num_preemptions == MAX_PREEMPTIONS:
+            seq.order = (FIRST, seq.order[1])
+        insort(self.waiting, seq, key=_order)
 
     def _release(self, seq: Sequence) -> None:
         self.running.remove(seq)
         self.pool.free(seq.block_table)
         seq.block_table = []
+        seq.num_published = 0
         self._free_rows.append(seq.row)
         seq.row = -1
+
+    def _has_room(self, seq: Sequence, cached: list[int]) -> bool:
+        """Whether a waiting sequence may begin behind the pages ``cached``.
+
+        One page beyond its tokens keeps a newcomer from preempting itself at its first token. One
+        that was preempted too often needs all it may ever take, beside what others may still take.
+        """
+        num_free = self.pool.num_free - self.pool.num_idle(cached)
+        if seq.num_preemptions < MAX_PREEMPTIONS:
+            return self._pages_for(seq.num_tokens + 1) - len(cached) <= num_free
+        num_wanted = self._pages_for(seq.max_num_tokens) - len(cached)
+        for other in self.running:
+            num_wanted += self._pages_for(other.max_num_tokens) - len(other.block_table)
+        return num_wanted <= num_free
+
+    # -- the prefix cache ------------------------------------------------------------------
+
+    def _find_prefix(self, seq: Sequence) -> list[int]:
+        """The published pages that a sequence's tokens begin with, without its last token."""
+        page_ids: list[int] = []
+        if self.prefix_cache:
+            for index in range((seq.num_tokens - 1) // self.page_size):
+                page_id = self.pool.find(self._prefix(seq, index))
+                if page_id is None:
+                    break
+                page_ids.append(page_id)
+        return page_ids
+
+    def _publish(self, chunk: Chunk) -> None:
+        """Let the pages that a committed chunk filled be found, unless they were given back."""
+        seq = chunk.seq
+        if not self.prefix_cache or chunk.num_preemptions != seq.num_preemptions:
+            return
+        for index in range(seq.num_published, chunk.end // self.page_size):
+            self.pool.publish(seq.block_table[index], self._prefix(seq, index))
+            seq.num_published = index + 1
+
+    def _prefix(self, seq: Sequence, index: int) -> Prefix:
+        """Of the sequence's page ``index``, which is full of known tokens."""
+        while len(seq.prefixes) <= index:
+            start = len(seq.prefixes) * self.page_size
+            token_ids = seq.token_range(start, start + self.page_size)
+            parent = seq.prefixes[-1].key if start else root_key(self.model, seq.namespace)
+            seq.prefixes.append(extend_key(parent, token_ids))
+        return seq.prefixes[index]
 
     # -- the end ---------------------------------------------------------------------------
 

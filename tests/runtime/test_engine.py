@@ -19,6 +19,7 @@ from runtime import (
     Tokenizer,
 )
 from runtime.graphs import HostQueue
+from runtime.request import Sequence
 from tests.runtime.checkpoints import (
     DEEPSEEK_V3,
     LINEAR_ROPE,
@@ -259,7 +260,7 @@ def test_the_next_step_is_launched_before_the_last_is_read(tiny: Engine) -> None
         def launch(self, plan: Any) -> Any:
             step = self.runner.launch(plan)
             calls.append("launch")
-            return SimpleNamespace(tokens=lambda: calls.append("read") or step.tokens())
+            return SimpleNamespace(failed=[], tokens=lambda: calls.append("read") or step.tokens())
 
     engine = make_engine(TINY, run_ahead=1)
     engine.runner = Watched(engine.runner)
@@ -390,6 +391,32 @@ def test_presence_penalty_forbids_what_was_said(tiny: Engine) -> None:
     [penalized] = tiny.generate([prompt], params)
     [free] = tiny.generate([prompt], SamplingParams(temperature=0, max_tokens=40, ignore_eos=True))
     assert len(set(penalized.token_ids)) > len(set(free.token_ids))
+
+
+def test_a_sequence_whose_parameters_cannot_be_taken_over_ends_alone(
+    tiny: Engine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = [chat_ids(tiny, question) for question in ("hello", "who are you?", "thanks")]
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    expected = [completion.token_ids for completion in tiny.generate(prompts, params)]
+    ids = [tiny.add(prompt, params) for prompt in prompts]
+    sampler = tiny.runner.sampler  # type: ignore[attr-defined]
+    start = sampler.start
+
+    def failing(seq: Sequence) -> None:
+        if seq.seq_id == ids[1]:
+            raise RecursionError("of this row")
+        start(seq)
+
+    monkeypatch.setattr(sampler, "start", failing)
+    received: dict[int, list[int | None]] = {seq_id: [] for seq_id in ids}
+    while tiny.has_work:
+        for event in tiny.step():
+            received[event.seq_id].append(event.token_id)
+            assert (event.finish_reason is FinishReason.ERROR) == (event.seq_id == ids[1])
+    assert list(received.values()) == [expected[0], [None], expected[2]]
+    assert_idle(tiny)
+    assert "of this row" in capsys.readouterr().err
 
 
 def test_refusals_leave_nothing_behind(tiny: Engine) -> None:

@@ -10,13 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.request import FinishReason, SamplingParams, Sequence, SequenceStatus
-from runtime.scheduler import Plan, SampledToken, Scheduler
+from runtime.scheduler import MAX_PREEMPTIONS, NOT_A_TOKEN, Plan, SampledToken, Scheduler
 
 EOS = 1
 
 
 def make_scheduler(
-    *, num_pages: int = 64, page_size: int = 4, max_num_seqs: int = 8, max_step_tokens: int = 16
+    *,
+    num_pages: int = 64,
+    page_size: int = 4,
+    max_num_seqs: int = 8,
+    max_step_tokens: int = 16,
+    prefix_cache: bool = False,
 ) -> Scheduler:
     return Scheduler(
         num_pages=num_pages,
@@ -24,6 +29,7 @@ def make_scheduler(
         max_num_seqs=max_num_seqs,
         max_step_tokens=max_step_tokens,
         eos_token_ids=[EOS],
+        prefix_cache=prefix_cache,
     )
 
 
@@ -140,7 +146,7 @@ def test_the_latest_arrival_yields_its_pages_and_recomputes_later() -> None:
     plan = scheduler.plan()  # position 8 needs a third page for each, and none is free
     assert shape(plan) == [(0, 8, 9)]
     finish_step(scheduler, plan)
-    waiting = scheduler.waiting[0]
+    [waiting] = scheduler.waiting
     assert (waiting.seq_id, waiting.num_computed, waiting.output_ids) == (1, 0, [7, 7])
     while 0 in {seq.seq_id for seq in scheduler.running}:
         finish_step(scheduler, scheduler.plan())
@@ -188,6 +194,61 @@ def test_a_failed_step_ends_the_running_and_spares_the_waiting() -> None:
     ]
     scheduler.check()
     assert shape(scheduler.plan()) == [(1, 0, 5)]
+
+
+def test_a_lower_priority_number_goes_first_and_equal_ones_by_arrival() -> None:
+    scheduler = make_scheduler(max_num_seqs=1)
+    for seq_id, priority in enumerate([0, 5, -3, 0, -3]):
+        seq = make_sequence(seq_id, 3, max_new_tokens=1)
+        seq.priority = priority
+        scheduler.add(seq)
+    order = []
+    while scheduler.has_work:
+        plan = scheduler.plan()
+        order += [seq_id for seq_id, _, _ in shape(plan)]
+        finish_step(scheduler, plan)
+    assert order == [2, 4, 0, 3, 1]
+
+
+def test_the_lowest_priority_yields_its_pages_first() -> None:
+    scheduler = make_scheduler(num_pages=4, page_size=4)
+    urgent = make_sequence(1, 7, max_new_tokens=9)
+    urgent.priority = -1
+    scheduler.add(make_sequence(0, 7, max_new_tokens=9))
+    finish_step(scheduler, scheduler.plan())
+    scheduler.add(urgent)
+    finish_step(scheduler, scheduler.plan())
+    finish_step(scheduler, scheduler.plan())
+    assert [seq.seq_id for seq in scheduler.running] == [1]
+    assert [seq.seq_id for seq in scheduler.waiting] == [0]
+
+
+def test_nobody_is_preempted_for_ever() -> None:
+    """A crowd of growing sequences in a small pool: each yields a bounded number of times."""
+    scheduler = make_scheduler(num_pages=12, page_size=2, max_num_seqs=8, max_step_tokens=64)
+    sequences = [make_sequence(seq_id, 3, max_new_tokens=20) for seq_id in range(24)]
+    for seq in sequences:
+        scheduler.add(seq)
+    while scheduler.has_work:
+        finish_step(scheduler, scheduler.plan())
+    assert all(len(seq.output_ids) == 20 for seq in sequences)
+    assert 2 <= max(seq.num_preemptions for seq in sequences) <= MAX_PREEMPTIONS
+
+
+def test_a_row_that_is_not_finite_ends_alone() -> None:
+    scheduler = make_scheduler()
+    for seq_id in range(3):
+        scheduler.add(make_sequence(seq_id, 3))
+    plan = scheduler.plan()
+    assert plan is not None
+    events = scheduler.commit(plan, [SampledToken(7), SampledToken(NOT_A_TOKEN), SampledToken(EOS)])
+    assert [(e.seq_id, e.token_id, e.finish_reason) for e in events] == [
+        (0, 7, None),
+        (1, None, FinishReason.NOT_FINITE),
+        (2, EOS, FinishReason.STOP),
+    ]
+    scheduler.check()
+    assert shape(scheduler.plan()) == [(0, 3, 4)]
 
 
 def test_a_step_is_planned_before_the_tokens_of_the_last_are_known() -> None:
@@ -243,6 +304,7 @@ def test_any_history_leaves_no_page_behind_and_loses_no_token(data: st.DataObjec
         page_size=page_size,
         max_num_seqs=data.draw(st.integers(1, 5)),
         max_step_tokens=data.draw(st.sampled_from([1, 3, 16, 64])),
+        prefix_cache=data.draw(st.booleans()),
     )
     device = Device(scheduler, run_ahead=data.draw(st.integers(0, 2)))
     next_id = count()
@@ -315,7 +377,10 @@ class Device:
             [1] * plan.num_decodes
         )
         for seq in plan.started:
-            self.written[seq.seq_id] = 0
+            cached = next(chunk.start for chunk in plan.chunks if chunk.seq is seq)
+            assert cached % self.scheduler.page_size == 0
+            assert cached == 0 or self.scheduler.prefix_cache
+            self.written[seq.seq_id] = cached
         for chunk in plan.chunks:
             seq = chunk.seq
             assert seq.status is SequenceStatus.RUNNING
