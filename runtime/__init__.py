@@ -11,9 +11,12 @@ from runtime.errors import (
     EngineDead,
     FathomError,
     ModelNotFound,
+    Quarantined,
     QueueFull,
+    QueueTimeout,
     RequestError,
 )
+from runtime.generation import Generation
 from runtime.inspect_model import (
     Gpu,
     ModelReport,
@@ -22,7 +25,7 @@ from runtime.inspect_model import (
     find_gpus,
     imagine_gpu,
 )
-from runtime.process import EngineClient, Generation
+from runtime.process import EngineClient
 from runtime.request import (
     INT64_MAX,
     INT64_MIN,
@@ -31,6 +34,7 @@ from runtime.request import (
     TokenEvent,
     TokenLogprobs,
 )
+from runtime.supervision import EngineStatus, SupervisorPolicy
 from runtime.text import TextAssembler, TextPiece
 from runtime.tokenizer import ChatPrompt, Tokenizer
 from runtime.weights import Checkpoint, find_checkpoint, inspect_checkpoint, pull
@@ -50,6 +54,7 @@ __all__ = [
     "EngineConfig",
     "EngineDead",
     "EngineInfo",
+    "EngineStatus",
     "FathomError",
     "FinishReason",
     "Generation",
@@ -57,9 +62,12 @@ __all__ = [
     "Gpu",
     "ModelNotFound",
     "ModelReport",
+    "Quarantined",
     "QueueFull",
+    "QueueTimeout",
     "RequestError",
     "SamplingParams",
+    "SupervisorPolicy",
     "TextAssembler",
     "TextPiece",
     "TokenEvent",

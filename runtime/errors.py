@@ -73,3 +73,19 @@ class EngineDead(RequestError):
     status = 503
     error_type = "server_error"
     code = "engine_unavailable"
+
+
+class QueueTimeout(RequestError):
+    """A request that waited too long for its turn (HTTP 503 with Retry-After)."""
+
+    status = 503
+    error_type = "server_error"
+    code = "queue_timeout"
+
+
+class Quarantined(RequestError):
+    """A prompt that ended the engine process twice (HTTP 500; it must not be sent again)."""
+
+    status = 500
+    error_type = "server_error"
+    code = "prompt_quarantined"

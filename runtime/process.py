@@ -1,344 +1,377 @@
-"""The engine in its own process: Python's lock never stands between two device steps.
+"""The server's side of the engine process: a queue in front of it and a supervisor behind it.
 
-`EngineClient` lives in the server's event loop; `main` is the engine process. They talk over a
-socket pair with the frames of `runtime.wire`. Either end notices the other's death at once,
-because the socket then ends.
+`EngineClient` lives in the server's event loop; `runtime.engine_process` is the other side. They
+talk over a socket pair (`runtime.link`) with the frames of `runtime.wire`. Either end notices the
+other's death at once. A dead engine is replaced: what it worked on ends with an error, what waited
+goes to the next one.
 
 server → engine   start · add · abort · stats · stop
-engine → server   progress · ready · failed · events · stats
+engine → server   progress · ready · failed · started · events · aborted · stats · beat · fault
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import contextlib
-import gc
 import itertools
-import os
-import select
-import socket
-import subprocess
-import sys
+import logging
 import time
-import traceback
 from collections import deque
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from runtime import wire
 from runtime.admission import admit
-from runtime.engine import Engine
 from runtime.engine_config import EngineConfig, EngineInfo
-from runtime.errors import CheckpointError, ConfigError, EngineDead, FathomError, QueueFull
+from runtime.errors import (
+    CheckpointError,
+    ConfigError,
+    EngineDead,
+    FathomError,
+    QueueFull,
+    QueueTimeout,
+    RequestError,
+)
+from runtime.generation import Generation
+from runtime.link import PROGRAM, EngineLink
 from runtime.request import FinishReason, SamplingParams, TokenEvent
+from runtime.submissions import Submission, Submissions
+from runtime.supervision import EngineStatus, Restarts, SupervisorPolicy, Watchdog
 
-STOP_SECONDS = 5.0
-"""How long a stopped engine process may take to leave before it is killed."""
-PROGRESS_SECONDS = 0.1
-MAX_WAITING = 256
-"""Sequences that may wait beyond those that run."""
-
-
-class Generation:
-    """The tokens of one sequence as they come: ``async for events in generation``.
-
-    Each item is a list with every event that arrived since the last one; the last item ends with
-    the event that carries a ``finish_reason``. Raises `EngineDead` if the engine process dies.
-    """
-
-    def __init__(self, seq_id: int, abort: Callable[[int], None]) -> None:
-        self.seq_id = seq_id
-        self._abort = abort
-        self._events: list[TokenEvent] = []
-        self._arrived = asyncio.Event()
-        self._error: EngineDead | None = None
-        self._finished = False
-
-    def __aiter__(self) -> Generation:
-        return self
-
-    async def __anext__(self) -> list[TokenEvent]:
-        if self._finished:
-            raise StopAsyncIteration
-        await self._arrived.wait()
-        self._arrived.clear()
-        events, self._events = self._events, []
-        if self._error is not None:
-            self._finished = True
-            raise self._error
-        self._finished = events[-1].finish_reason is not None
-        return events
-
-    def abort(self) -> None:
-        """End this sequence and free its pages before the engine's next step. Idempotent."""
-        self._abort(self.seq_id)
-
-    def deliver(self, event: TokenEvent) -> None:
-        self._events.append(event)
-        self._arrived.set()
-
-    def fail(self, error: EngineDead) -> None:
-        self._error = error
-        self._arrived.set()
+logger = logging.getLogger("fathom.engine")
 
 
 class EngineClient:
-    """The server's handle on the engine process. All methods belong to one event loop."""
+    """The server's handle on the engine process. All methods belong to one event loop.
+
+    ``program`` starts the engine process; tests give one with faults in it.
+    """
 
     def __init__(
-        self, config: EngineConfig, progress: Callable[[int, int], None] | None = None
+        self,
+        config: EngineConfig,
+        progress: Callable[[int, int], None] | None = None,
+        *,
+        policy: SupervisorPolicy | None = None,
+        program: Sequence[str] | None = None,
     ) -> None:
         self.config = config
+        self.policy = policy or SupervisorPolicy()
+        self._program = PROGRAM if program is None else program
         self._progress = progress or (lambda done, total: None)
         self._info: EngineInfo | None = None
-        self._process: subprocess.Popen[bytes] | None = None
-        self._writer: asyncio.StreamWriter | None = None
-        self._reader_task: asyncio.Task[None] | None = None
-        self._generations: dict[int, Generation] = {}
+        self._link: EngineLink | None = None
+        self._submissions = Submissions()
         self._seq_ids = itertools.count()
         self._stats: deque[asyncio.Future[dict[str, int]]] = deque()
-        self._ready: asyncio.Future[EngineInfo] | None = None
-        self._stopping = False
+        self._first: asyncio.Future[EngineInfo] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._stopping: asyncio.Task[None] | None = None
+        self._ready = False
+        self._failure: FathomError | None = None  # why the engine of now does not load
+        self._phase = "not started"
+        self._percent: float | None = None
+        self._reason = ""
+        self._num_restarts = 0
+        self._restarts = Restarts(self.policy)
+        self._watchdog: Watchdog | None = None
+        self._clock = 0.0  # seconds in which this process ran
+
+    # -- what it is doing ------------------------------------------------------------------
 
     @property
     def info(self) -> EngineInfo:
-        assert self._info is not None, "EngineClient.start has not finished"
+        """What the last engine that was ready decided. Raises `EngineDead` before the first."""
+        if self._info is None:
+            raise EngineDead(f"The engine is not ready yet: {self._phase}.")
         return self._info
 
     @property
+    def status(self) -> EngineStatus:
+        if self._stopping is not None:
+            state = "stopped"
+        elif self._ready:
+            state = "ready"
+        elif self._info is None:
+            state = "loading"
+        else:
+            state = "failing" if self._restarts.failing else "restarting"
+        return EngineStatus(state, self._phase, self._percent, self._num_restarts, self._reason)
+
+    @property
     def healthy(self) -> bool:
-        return self._info is not None and self._writer is not None
+        return self.status.state == "ready"
+
+    # -- start and stop --------------------------------------------------------------------
 
     async def start(self) -> EngineInfo:
-        """Start the engine process and wait until its weights are loaded.
+        """Start the engine process and wait until its weights are loaded. Call it once.
 
         Raises `ConfigError` or `CheckpointError` as the engine did, `EngineDead` if it died.
         """
-        ours, theirs = socket.socketpair()
-        root = str(Path(__file__).resolve().parent.parent)
-        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "runtime", "--fd", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                process_group=0,  # Ctrl-C reaches the server only, which then ends the engine
-                env={**os.environ, "PYTHONPATH": path},
-            )
-        reader, self._writer = await asyncio.open_connection(sock=ours)
-        self._ready = asyncio.get_running_loop().create_future()
-        self._reader_task = asyncio.create_task(self._read(reader))
-        self._send({"type": "start", "config": self.config.to_dict()})
+        assert self._first is None, "EngineClient.start was called before"
+        self._first = asyncio.get_running_loop().create_future()
+        self._tasks = [asyncio.create_task(self._supervise()), asyncio.create_task(self._tick())]
         try:
-            self._info = await self._ready
+            return await self._first
         except BaseException:
             await self.stop()
             raise
-        return self._info
 
     async def stop(self) -> None:
-        """End the engine process and whatever it was running. Idempotent."""
-        self._stopping = True
-        if self._writer is not None:
-            self._send({"type": "stop"})
-        if self._process is not None:
-            if self._info is None:
-                self._process.kill()  # it is busy loading and reads no messages
-            try:
-                await asyncio.to_thread(self._process.wait, STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                await asyncio.to_thread(self._process.wait)
-        if self._reader_task is not None:
-            await self._reader_task
+        """End the engine process and whatever it was running, in any state. Idempotent."""
+        if self._stopping is None:
+            self._stopping = asyncio.create_task(self._stop(self._ready))
+        await asyncio.shield(self._stopping)
 
-    def submit(self, prompt_ids: list[int], params: SamplingParams) -> Generation:
-        """Queue a sequence.
+    async def _stop(self, was_ready: bool) -> None:
+        self._ready, self._phase, self._percent = False, "stopped", None
+        self._fail_all(EngineDead("The server is stopping."))
+        self._fail_stats()
+        if self._first is not None and not self._first.done():
+            self._first.set_exception(EngineDead("The server is stopping."))
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._link is None:
+            return
+        if was_ready:
+            self._link.send({"type": "stop"})
+        else:
+            self._link.kill()  # it is busy loading and reads no messages
+        patience = self.policy.stop_seconds
+        try:
+            await asyncio.wait_for(self._link.gone(patience), 2 * patience)
+        except TimeoutError:
+            logger.error("the engine process %d does not end", self._link.process.pid)
 
-        Raises `BadRequest`, `ContextLengthExceeded`, `QueueFull` or `EngineDead`.
+    # -- requests --------------------------------------------------------------------------
+
+    def check_room(self, count: int = 1) -> None:
+        """Raises `QueueFull` or `EngineDead` if ``count`` more sequences would be refused now."""
+        status = self.status
+        if status.state == "failing":
+            raise EngineDead(
+                f"The engine ended {self.policy.breaker_deaths} times in a short while; the "
+                f"server goes on trying ({self._phase}). Try again later."
+            )
+        if status.state in ("loading", "stopped"):
+            raise EngineDead(f"The engine does not serve: {self._phase}. Try again later.")
+        num_waiting, num_running = self._submissions.num_waiting, self._submissions.num_running
+        limit = self.policy.max_waiting + max(self.info.max_num_seqs - num_running, 0)
+        if num_waiting + count > limit:
+            raise QueueFull(
+                f"{num_running} sequences are running and {num_waiting} are waiting; {count} more "
+                f"would make {num_waiting + count}, and the limit is {limit} now. Try again later."
+            )
+
+    def submit(
+        self,
+        prompt_ids: list[int],
+        params: SamplingParams,
+        *,
+        namespace: str = "",
+        priority: int = 0,
+    ) -> Generation:
+        """Queue a sequence; while a dead engine is replaced it waits for the next.
+
+        Raises `BadRequest`, `ContextLengthExceeded`, `QueueFull`, `EngineDead` or `Quarantined`.
         """
-        if not self.healthy:
-            raise EngineDead("the engine is not running")
-        if len(self._generations) >= self.info.max_num_seqs + MAX_WAITING:
-            raise QueueFull(f"{MAX_WAITING} requests are waiting already; try again later")
+        self.check_room()
         seq_id = next(self._seq_ids)
         admit(seq_id, prompt_ids, params, self.info)  # refuse here what the engine would refuse
-        generation = Generation(seq_id, self._abort)
-        self._generations[seq_id] = generation
         message = {
             "type": "add",
             "seq_id": seq_id,
             "prompt_ids": prompt_ids,
             "params": wire.pack_params(params),
+            "namespace": namespace,
+            "priority": priority,
         }
-        self._send(message)
+        generation = Generation(seq_id, self._abort)
+        self._submissions.add(Submission(generation, message, self._clock))
+        self._pump()
         return generation
 
     def end_all(self, reason: str) -> None:
         """End every generation; their readers get an `EngineDead` with this reason."""
-        for seq_id in self._generations:
-            self._send({"type": "abort", "seq_id": seq_id})
         self._fail_all(EngineDead(reason))
 
     async def stats(self) -> dict[str, int]:
         """The engine's own counts (`Engine.stats`). Raises `EngineDead`."""
-        if not self.healthy:
-            raise EngineDead("the engine is not running")
+        if not self._ready or self._link is None:
+            raise EngineDead(f"The engine does not serve: {self._phase}.")
         answer: asyncio.Future[dict[str, int]] = asyncio.get_running_loop().create_future()
         self._stats.append(answer)
-        self._send({"type": "stats"})
+        self._link.send({"type": "stats"})
         return await answer
 
-    # -- inside ----------------------------------------------------------------------------
-
     def _abort(self, seq_id: int) -> None:
-        generation = self._generations.pop(seq_id, None)
-        if generation is None:
-            return
-        generation.deliver(TokenEvent(seq_id, None, FinishReason.ABORT))
-        self._send({"type": "abort", "seq_id": seq_id})
+        submission = self._remove(seq_id)
+        if submission is not None:
+            submission.generation.deliver(TokenEvent(seq_id, None, FinishReason.ABORT))
 
-    def _send(self, message: wire.Message) -> None:
-        if self._writer is not None and not self._writer.is_closing():
-            self._writer.write(wire.encode(message))
+    def _remove(self, seq_id: int) -> Submission | None:
+        """Take a sequence back wherever it is; None if it has ended."""
+        submission, is_sent = self._submissions.remove(seq_id)
+        if is_sent and self._link is not None:
+            self._link.send({"type": "abort", "seq_id": seq_id})
+        return submission
 
-    async def _read(self, reader: asyncio.StreamReader) -> None:
-        try:
-            while True:
-                header = await reader.readexactly(wire.HEADER.size)
-                body = await reader.readexactly(wire.body_length(header))
-                self._handle(wire.decode(body))
-        except (asyncio.IncompleteReadError, ConnectionError):
-            pass  # the engine process is gone
-        finally:
-            self._close()
+    def _fail_all(self, error: RequestError) -> None:
+        for seq_id in self._submissions.all_ids():
+            submission = self._remove(seq_id)
+            assert submission is not None
+            submission.generation.fail(error)
+
+    def _pump(self) -> None:
+        """Send what waits here, as far as the engine reads."""
+        while self._ready and self._link is not None and self._link.can_send:
+            message = self._submissions.send_next()
+            if message is None:
+                return
+            self._link.send(message)
+
+    # -- messages of the engine ------------------------------------------------------------
 
     def _handle(self, message: wire.Message) -> None:
-        match message["type"]:
+        """Raises `WireError` for a message that makes no sense."""
+        if self._stopping is not None:
+            return
+        if self._watchdog is not None:
+            self._watchdog.heard()
+        match message.get("type"):
             case "events":
-                for event in wire.unpack_events(message["events"]):
-                    generation = self._generations.get(event.seq_id)
-                    if generation is None:
-                        continue  # aborted while the event was on its way
-                    if event.finish_reason is not None:
-                        del self._generations[event.seq_id]
-                    generation.deliver(event)
-            case "progress":
-                self._progress(message["done"], message["total"])
+                for event in wire.unpack_events(wire.field(message, "events", list)):
+                    self._take(event)
+            case "started":
+                for row in wire.unpack_started(wire.field(message, "sequences", list)):
+                    self._submissions.start(*row)
+            case "aborted":
+                self._submissions.left(wire.field(message, "seq_id", int))
+                self._pump()
+            case "beat":
+                pass
             case "stats":
+                if not self._stats:
+                    raise wire.WireError("it answers what nobody asked")
                 answer = self._stats.popleft()
                 if not answer.done():
-                    answer.set_result(message["stats"])
+                    answer.set_result(wire.field(message, "stats", dict))
+            case "progress":
+                done, total = (wire.field(message, name, int) for name in ("done", "total"))
+                self._phase = "loading weights" if done < total else "preparing to serve"
+                self._percent = 100.0 * min(done / total, 1.0) if total > 0 else None
+                if self._info is None:
+                    self._progress(done, total)
             case "ready":
-                assert self._ready is not None
-                self._ready.set_result(EngineInfo.from_dict(message["info"]))
+                self._begin(wire.unpack_info(wire.field(message, "info", dict)))
             case "failed":
                 kinds = {"ConfigError": ConfigError, "CheckpointError": CheckpointError}
-                assert self._ready is not None
-                self._ready.set_exception(kinds.get(message["kind"], EngineDead)(message["text"]))
+                kind = kinds.get(wire.field(message, "kind", str), EngineDead)
+                self._failure = kind(wire.field(message, "text", str))
+            case "fault":
+                assert self._link is not None
+                self._link.reason = wire.field(message, "text", str)
+            case other:
+                raise wire.WireError(f"unknown message type {other!r:.40}")
 
-    def _fail_all(self, error: EngineDead) -> None:
-        for generation in self._generations.values():
-            generation.fail(error)
-        self._generations.clear()
+    def _take(self, event: TokenEvent) -> None:
+        if event.token_id is not None:
+            self._submissions.start(event.seq_id, 0)
+        submission = self._submissions.in_engine(event.seq_id)
+        if submission is None:
+            return  # aborted while the event was on its way
+        submission.generation.deliver(event)
+        if event.finish_reason is not None:
+            self._submissions.finish(event.seq_id, event.finish_reason)
+            self._pump()
 
-    def _close(self) -> None:
-        assert self._writer is not None
-        self._writer.close()
-        self._writer = None
-        error = EngineDead("the engine process stopped")
-        if self._ready is not None and not self._ready.done():
-            self._ready.set_exception(error)
+    def _begin(self, info: EngineInfo) -> None:
+        if self._ready:
+            raise wire.WireError("it is ready twice")
+        if self._num_restarts:
+            waiting = self._submissions.num_waiting
+            logger.warning("a new engine process is ready; %d requests waited for it", waiting)
+        self._info = info
+        self._ready, self._phase, self._percent = True, "serving", None
+        self._restarts.ready(time.monotonic())
+        self._watchdog = Watchdog(self.policy, info)
+        assert self._first is not None
+        if not self._first.done():
+            self._first.set_result(info)
+        self._pump()
+
+    # -- life and death --------------------------------------------------------------------
+
+    async def _supervise(self) -> None:
+        """Keep an engine process running; only the first one has to load."""
+        while True:
+            self._phase, self._percent, self._failure = "starting the engine process", None, None
+            self._num_restarts += self._info is not None
+            reason = ""
+            try:
+                link = self._link = EngineLink(self._program, self._handle, self._pump)
+                await link.connect()
+            except OSError as error:
+                self._link = None
+                reason = f"it cannot be started: {error}"
+            else:
+                link.send({"type": "start", "config": self.config.to_dict()})
+                await link.ended
+            delay = self._restarts.died(time.monotonic())
+            num_failed = self._bury()
+            if self._link is not None:
+                self._phase = "waiting for the old engine process to end"
+                reason = await self._link.gone()
+            self._reason = str(self._failure or reason)
+            if self._info is None:
+                assert self._first is not None
+                if not self._first.done():
+                    text = f"The engine process ended before it was ready: {reason}."
+                    self._first.set_exception(self._failure or EngineDead(text))
+                return
+            self._phase = f"starting again in {delay:g} s"
+            logger.error(
+                "the engine process ended: %s; %d requests failed, %d wait; %s",
+                *(self._reason, num_failed, self._submissions.num_waiting, self._phase),
+            )
+            await asyncio.sleep(delay)
+
+    def _bury(self) -> int:
+        """Settle what a dead engine leaves behind; the number of generations that end with it."""
+        self._ready, self._watchdog = False, None
+        self._fail_stats()
+        return self._submissions.bury()
+
+    def _fail_stats(self) -> None:
         while self._stats:
             answer = self._stats.popleft()
             if not answer.done():
-                answer.set_exception(error)
-        self._fail_all(error)
-        if not self._stopping and self._info is not None:
-            print("fathom: the engine process stopped; restart the server", file=sys.stderr)
+                answer.set_exception(EngineDead("The engine process ended."))
 
-
-# -- the engine process --------------------------------------------------------------------
-
-
-def serve_engine(sock: socket.socket) -> None:
-    """Run the engine behind ``sock`` until the other end says stop or goes away."""
-    first = wire.receive(sock)
-    if first is None:
-        return
-    engine = _load(sock, EngineConfig(**first["config"]))
-    if engine is None:
-        return
-    # what is there now stays: walking through it would stop the steps for a sixth of a second
-    gc.collect()
-    gc.freeze()
-    sock.sendall(wire.encode({"type": "ready", "info": engine.info.to_dict()}))
-    while True:
-        # With work at hand the socket is only glanced at; without, it is waited for.
-        while select.select([sock], [], [], 0 if engine.has_work else None)[0]:
-            message = wire.receive(sock)
-            if message is None or message["type"] == "stop":
-                return
-            answer = _apply(engine, message)
-            if answer is not None:
-                sock.sendall(wire.encode(answer))
-        try:
-            events = engine.step()
-        except Exception:
-            traceback.print_exc()
-            if engine.info.device != "cpu":
-                raise  # a failed kernel leaves the device unusable for this process
-            events = engine.fail_running()
-        if events:
-            sock.sendall(wire.encode({"type": "events", "events": wire.pack_events(events)}))
-
-
-def _load(sock: socket.socket, config: EngineConfig) -> Engine | None:
-    last = 0.0
-
-    def progress(done: int, total: int) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if done == total or now - last >= PROGRESS_SECONDS:
+    async def _tick(self) -> None:
+        """Count time, in which sequences wait and the engine may be silent only for so long."""
+        last = time.monotonic()
+        while True:
+            await asyncio.sleep(self.policy.tick_seconds)
+            now = time.monotonic()
+            # A machine that was suspended, or a process that was stopped, did not wait.
+            seconds = min(now - last, 2 * self.policy.tick_seconds)
             last = now
-            sock.sendall(wire.encode({"type": "progress", "done": done, "total": total}))
+            self._clock += seconds
+            self._expire()
+            has_work = self._submissions.engine_has_work or bool(self._stats)
+            watchdog = self._watchdog
+            if watchdog is not None and watchdog.tick(seconds, has_work=has_work):
+                assert self._link is not None
+                logger.error("the engine process hangs; its stacks follow, then it is replaced")
+                reason = f"it was silent for {watchdog.limit:.0f} s while it had work"
+                self._link.shoot(reason, self.policy.abort_seconds)
+                self._watchdog = None
 
-    try:
-        return Engine.from_checkpoint(config, progress)
-    except FathomError as error:
-        failure = {"type": "failed", "kind": type(error).__name__, "text": str(error)}
-        sock.sendall(wire.encode(failure))
-        return None
-
-
-def _apply(engine: Engine, message: wire.Message) -> wire.Message | None:
-    """Carry out one message of the server; the answer it gets, if any."""
-    match message["type"]:
-        case "add":
-            params = wire.unpack_params(message["params"])
-            seq_id: int = message["seq_id"]
-            try:
-                engine.add(message["prompt_ids"], params, seq_id=seq_id)
-            except FathomError:
-                events = [TokenEvent(seq_id, None, FinishReason.ERROR)]
-                return {"type": "events", "events": wire.pack_events(events)}
-        case "abort":
-            engine.abort(message["seq_id"])
-        case "stats":
-            return {"type": "stats", "stats": engine.stats()}
-        case other:
-            raise wire.WireError(f"unknown message type {other!r}")
-    return None
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m runtime")
-    parser.add_argument("--fd", type=int, required=True, help="socket inherited from the server")
-    arguments: Any = parser.parse_args(argv)
-    with (
-        contextlib.suppress(BrokenPipeError, ConnectionResetError),
-        socket.socket(fileno=arguments.fd) as sock,
-    ):
-        serve_engine(sock)
+    def _expire(self) -> None:
+        limit = self.policy.queue_seconds
+        for submission in self._submissions.waiting_since(self._clock - limit):
+            self._remove(submission.seq_id)
+            submission.generation.fail(
+                QueueTimeout(f"The request waited {limit:g} s and its turn did not come.")
+            )

@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import socket
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
+from runtime.engine_config import EngineInfo
 from runtime.request import FinishReason, SamplingParams, TokenEvent, TokenLogprobs
 
 MAX_FRAME_BYTES = 64 << 20
@@ -21,8 +22,11 @@ HEADER = struct.Struct(">I")
 Message = dict[str, Any]
 
 
+Field = TypeVar("Field")
+
+
 class WireError(Exception):
-    """The other end sent something that cannot be a frame."""
+    """The other end sent something that cannot be a frame, or not what the frame should hold."""
 
 
 def encode(message: Message) -> bytes:
@@ -32,7 +36,7 @@ def encode(message: Message) -> bytes:
     return HEADER.pack(len(body)) + body
 
 
-def body_length(header: bytes) -> int:
+def body_length(header: bytes | bytearray) -> int:
     """Length of the body that follows. Raises `WireError` if it is above the limit."""
     (length,) = HEADER.unpack(header)
     if length > MAX_FRAME_BYTES:
@@ -41,14 +45,40 @@ def body_length(header: bytes) -> int:
 
 
 def decode(body: bytes) -> Message:
-    message = json.loads(body)
+    """Raises `WireError` for what is not a JSON object."""
+    try:
+        message = json.loads(body)
+    except (ValueError, RecursionError):
+        raise WireError(f"a frame of {len(body)} bytes does not hold JSON") from None
     if not isinstance(message, dict):
         raise WireError("a frame does not hold an object")
     return message
 
 
+def field(message: Message, name: str, kind: type[Field]) -> Field:
+    """The value under ``name``. Raises `WireError` if it is not there or of another kind."""
+    value = message.get(name)
+    if not isinstance(value, kind):
+        raise WireError(f"a message of type {message.get('type')!r:.40} has no good {name!r}")
+    return value
+
+
+def take_messages(received: bytearray) -> Iterator[Message]:
+    """Remove every whole message from the front of what has arrived. Raises `WireError`."""
+    while len(received) >= HEADER.size:
+        end = HEADER.size + body_length(received[: HEADER.size])
+        if len(received) < end:
+            return
+        body = bytes(received[HEADER.size : end])
+        del received[:end]
+        yield decode(body)
+
+
 def receive(sock: socket.socket) -> Message | None:
-    """The next message of a blocking socket, or None once the other end is gone."""
+    """The next message of a blocking socket, or None once the other end is gone.
+
+    Raises `WireError`.
+    """
     header = _read_exactly(sock, HEADER.size)
     if header is None:
         return None
@@ -75,13 +105,17 @@ _DEFAULTS = asdict(SamplingParams())
 
 
 def unpack_params(raw: Message) -> SamplingParams:
+    """Raises `WireError`, and `BadRequest` for a value out of its range."""
     fields = dict(raw)
-    for name in ("stop", "stop_token_ids"):
-        if name in fields:
-            fields[name] = tuple(fields[name])
-    if "logit_bias" in fields:
-        fields["logit_bias"] = tuple((token_id, bias) for token_id, bias in fields["logit_bias"])
-    return SamplingParams(**fields)
+    try:
+        for name in ("stop", "stop_token_ids"):
+            if name in fields:
+                fields[name] = tuple(fields[name])
+        if "logit_bias" in fields:
+            fields["logit_bias"] = tuple((token_id, bias) for token_id, bias in raw["logit_bias"])
+        return SamplingParams(**fields)
+    except (TypeError, ValueError) as error:
+        raise WireError(f"these are no sampling parameters: {error}") from None
 
 
 def pack_events(events: Iterable[TokenEvent]) -> list[list[Any]]:
@@ -95,11 +129,31 @@ def pack_events(events: Iterable[TokenEvent]) -> list[list[Any]]:
 
 
 def unpack_events(rows: list[list[Any]]) -> list[TokenEvent]:
+    """Raises `WireError`."""
     events = []
-    for seq_id, token_id, reason, *rest in rows:
-        logprobs = None
-        if rest:
-            logprobs = TokenLogprobs(rest[0], tuple((i, value) for i, value in rest[1]))
-        finish_reason = None if reason is None else FinishReason(reason)
-        events.append(TokenEvent(seq_id, token_id, finish_reason, logprobs))
+    try:
+        for seq_id, token_id, reason, *rest in rows:
+            logprobs = None
+            if rest:
+                logprobs = TokenLogprobs(rest[0], tuple((i, value) for i, value in rest[1]))
+            finish_reason = None if reason is None else FinishReason(reason)
+            events.append(TokenEvent(int(seq_id), token_id, finish_reason, logprobs))
+    except (TypeError, ValueError, IndexError) as error:
+        raise WireError(f"these are no events: {error}") from None
     return events
+
+
+def unpack_started(rows: list[list[Any]]) -> list[tuple[int, int]]:
+    """``(seq_id, num_cached)`` of sequences that run for the first time. Raises `WireError`."""
+    try:
+        return [(int(seq_id), int(num_cached)) for seq_id, num_cached in rows]
+    except (TypeError, ValueError) as error:
+        raise WireError(f"these are no sequences: {error}") from None
+
+
+def unpack_info(raw: Message) -> EngineInfo:
+    """Raises `WireError`."""
+    try:
+        return EngineInfo.from_dict(raw)
+    except (KeyError, TypeError) as error:
+        raise WireError(f"this is no engine's description: {error}") from None

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,19 +24,25 @@ from runtime import (
     EngineDead,
     FinishReason,
     Generation,
-    QueueFull,
     SamplingParams,
 )
 from tests.runtime.engines import TINY, chats, make_engine
+from tests.runtime.faulty_engine import PROGRAM as FAULTY
+from tests.runtime.faulty_engine import Fault
 
 CONFIG = EngineConfig(
     model=str(TINY), device="cpu", dtype="float32", max_model_len=512, num_threads=1
 )
 
 
-def with_client(work: Callable[[EngineClient], Awaitable[None]]) -> None:
+def with_client(
+    work: Callable[[EngineClient], Awaitable[None]],
+    *,
+    max_num_seqs: int | None = None,
+    program: Sequence[str] | None = None,
+) -> None:
     async def run() -> None:
-        client = EngineClient(CONFIG)
+        client = EngineClient(replace(CONFIG, max_num_seqs=max_num_seqs), program=program)
         await client.start()
         try:
             await work(client)
@@ -122,47 +130,49 @@ def test_an_aborted_generation_ends_for_its_reader() -> None:
     with_client(work)
 
 
-def test_a_killed_engine_fails_its_streams_and_refuses_new_ones() -> None:
-    async def work(client: EngineClient) -> None:
-        generation = client.submit([5] * 10, SamplingParams(max_tokens=400, ignore_eos=True))
-        await anext(generation)
-        assert client._process is not None
-        client._process.kill()
-        with pytest.raises(EngineDead):
-            await asyncio.wait_for(read(generation), 5)
-        assert not client.healthy
-        with pytest.raises(EngineDead):
-            client.submit([5], SamplingParams())
-        with pytest.raises(EngineDead):
-            await client.stats()
+def test_faults_end_as_little_as_they_can() -> None:
+    """One request; all that run; all that run and the process: never what waits."""
+    params = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
+    prompts = [[5, 9, 11 + i] * 4 for i in range(4)]
 
-    with_client(work)
-
-
-def test_a_full_queue_refuses_and_takes_again_once_there_is_room(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("runtime.process.MAX_WAITING", 0)
+    async def end(generation: Generation) -> FinishReason | None:
+        return [events[-1] async for events in generation][-1].finish_reason
 
     async def work(client: EngineClient) -> None:
-        params = SamplingParams(max_tokens=400, ignore_eos=True)
-        generations = [client.submit([5] * 5, params) for _ in range(client.info.max_num_seqs)]
-        with pytest.raises(QueueFull):
-            client.submit([5] * 5, params)
-        for generation in generations:
-            generation.abort()
-        await read(client.submit([5] * 5, SamplingParams(max_tokens=2)))
+        def ask(seed: int | None = None) -> Generation:
+            return client.submit([7] * 9, replace(params, max_tokens=400, seed=seed))
+
+        expected = [await read(client.submit(prompt, params)) for prompt in prompts]
+        running = ask()
+        await anext(running)
+        assert await end(ask(Fault.ADD)) is FinishReason.ERROR
+        await anext(running)
+        assert await end(ask(Fault.OUT_OF_MEMORY)) is FinishReason.ERROR
+        assert await end(running) is FinishReason.ERROR
+        assert client.status.num_restarts == 0
         await assert_idle(client)
 
-    with_client(work)
+        running = ask()
+        await anext(running)
+        fault = ask(Fault.RAISE)  # takes the second row
+        waiting = [client.submit(prompt, params) for prompt in prompts]
+        for generation in (fault, running):
+            with pytest.raises(EngineDead, match="while it worked on this request"):
+                await read(generation)
+        assert await asyncio.gather(*map(read, waiting)) == expected
+        assert "device-side assert" in client.status.reason
+        assert client.status.num_restarts == 1
+        await assert_idle(client)
+
+    with_client(work, max_num_seqs=2, program=FAULTY)
 
 
 def test_stop_leaves_no_process() -> None:
     async def work(client: EngineClient) -> None:
         client.submit([5] * 10, SamplingParams(max_tokens=400, ignore_eos=True))
+        pid = engine_pid()
         await client.stop()
-        assert client._process is not None
-        assert client._process.poll() == 0
+        assert not is_running(pid)
 
     with_client(work)
 
@@ -182,42 +192,75 @@ def test_a_start_that_fails_says_why(
         client = EngineClient(config)
         with pytest.raises(error, match=message):
             await client.start()
-        assert client._process is not None
-        assert client._process.poll() is not None
+        assert child_pids() == []
 
     asyncio.run(run())
 
 
-def test_the_engine_leaves_when_its_server_is_killed(tmp_path: Path) -> None:
-    script = f"""
-import asyncio
-from runtime import EngineClient, EngineConfig
-async def main():
-    client = EngineClient(EngineConfig(model={str(TINY)!r}, max_model_len=64))
-    await client.start()
-    print(client._process.pid, flush=True)
-    await asyncio.sleep(60)
-asyncio.run(main())
+SERVER = """
+import json, os, socket, struct, subprocess, sys, time
+os.environ["PYTHONPATH"] = "."
+ours, theirs = socket.socketpair()
+command = [*sys.argv[2:], "--fd", str(theirs.fileno()), "--parent", str(os.getpid())]
+engine = subprocess.Popen(command, pass_fds=[theirs.fileno()])
+print(engine.pid, flush=True)
+def send(**message):
+    body = json.dumps(message).encode()
+    ours.sendall(struct.pack(">I", len(body)) + body)
+def receive():
+    [length] = struct.unpack(">I", ours.recv(4, socket.MSG_WAITALL))
+    return json.loads(ours.recv(length, socket.MSG_WAITALL))
+config = json.loads(sys.argv[1])
+if config:
+    send(type="start", config=config)
+    while receive()["type"] != "ready":
+        pass
+    request = {"seq_id": 0, "prompt_ids": [5], "namespace": "", "priority": 0}
+    send(type="add", params={"seed": 9003}, **request)  # Fault.HANG
+    while receive()["type"] != "started":
+        pass
+print("now", flush=True)
+os.fork()  # another process holds the socket open
+time.sleep(60)
 """
+
+
+@pytest.mark.parametrize("phase", ["import", "hang"])
+def test_the_engine_leaves_when_its_server_is_killed(phase: str) -> None:
+    """Even if its socket stays open, and long before or after it last looked at it."""
+    config = CONFIG.to_dict() if phase == "hang" else {}
     server = subprocess.Popen(
-        [sys.executable, "-c", script],
+        [sys.executable, "-c", SERVER, json.dumps(config), *FAULTY],
         stdout=subprocess.PIPE,
         cwd=Path(__file__).resolve().parents[2],
+        process_group=0,
     )
     with server:
         assert server.stdout is not None
-        engine_pid = int(server.stdout.readline())
+        pid = int(server.stdout.readline())
+        assert server.stdout.readline() == b"now\n"
+        time.sleep(0.2)
+        assert is_running(pid)
         server.send_signal(signal.SIGKILL)
-    deadline = time.monotonic() + 5
-    while time.monotonic() < deadline and is_running(engine_pid):
-        time.sleep(0.02)
-    assert not is_running(engine_pid)
+        deadline = time.monotonic() + 5
+        while is_running(pid):
+            assert time.monotonic() < deadline, "the engine stays"
+            time.sleep(0.02)
+        os.killpg(server.pid, signal.SIGKILL)
+
+
+def child_pids() -> list[int]:
+    tasks = Path("/proc/self/task").iterdir()
+    return [int(pid) for task in tasks for pid in (task / "children").read_text().split()]
+
+
+def engine_pid() -> int:
+    [pid] = child_pids()
+    return pid
 
 
 def is_running(pid: int) -> bool:
     try:
-        os.kill(pid, 0)
-        with open(f"/proc/{pid}/stat", encoding="ascii") as stat:  # noqa: PTH123
-            return stat.read().split(")")[1].split()[0] != "Z"
+        return Path(f"/proc/{pid}/stat").read_text().split(")")[1].split()[0] != "Z"
     except (ProcessLookupError, FileNotFoundError):
         return False

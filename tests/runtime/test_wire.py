@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import socket
 import struct
 
@@ -9,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime import wire
+from runtime import BadRequest, wire
 from runtime.request import FinishReason, SamplingParams, TokenEvent, TokenLogprobs
 
 finite = st.floats(-100, 0)
@@ -80,3 +82,37 @@ def test_a_length_above_the_limit_is_refused_before_reading() -> None:
             wire.receive(right)
     with pytest.raises(wire.WireError, match="above the limit"):
         wire.encode({"text": "x" * (wire.MAX_FRAME_BYTES + 1)})
+
+
+@given(
+    st.lists(st.dictionaries(st.text(max_size=3), st.integers()), max_size=6),
+    st.lists(st.integers(1, 40), min_size=1),
+)
+def test_messages_come_out_whole_however_the_bytes_are_cut(
+    messages: list[dict[str, int]], cuts: list[int]
+) -> None:
+    data = b"".join(map(wire.encode, messages))
+    received, out = bytearray(), []
+    for cut in itertools.cycle(cuts):
+        received += data[:cut]
+        data = data[cut:]
+        out += wire.take_messages(received)
+        if not data:
+            break
+    assert out == messages
+    assert not received
+
+
+@given(st.recursive(st.none() | st.integers() | st.text(max_size=3), st.lists, max_leaves=8))
+def test_odd_contents_are_refused_as_such(value: object) -> None:
+    """Never by another exception, whatever the JSON holds."""
+    for unpack in (wire.unpack_events, wire.unpack_started):
+        with contextlib.suppress(wire.WireError):
+            unpack([value])  # type: ignore[operator]
+    for raw in ({"stop": value}, {"logit_bias": value}, {"heat": value}):
+        with contextlib.suppress(wire.WireError, BadRequest):
+            wire.unpack_params(raw)
+    with pytest.raises(wire.WireError):
+        wire.unpack_info({"model": value})
+    with pytest.raises(wire.WireError):
+        wire.field({"type": value, "seq_id": value}, "seq_id", dict)

@@ -21,7 +21,7 @@ from typing import Any
 from unittest.mock import patch
 
 import api.__main__
-import runtime.process
+import runtime.engine_process
 from tests.runtime.corpus import BAD
 from tests.runtime.corpus.case import limited_memory
 
@@ -65,14 +65,19 @@ class ForkedEngine:
     """Stands in for the `subprocess.Popen` of the engine process."""
 
     def __init__(self, command: list[str], **options: Any) -> None:
-        arguments = command[command.index("runtime") + 1 :]
-        self.pid = fork(lambda: runtime.process.main(arguments))
+        arguments = command[command.index("--fd") :]
+        self.pid = fork(lambda: runtime.engine_process.main(arguments))
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
 
     def kill(self) -> None:
         os.kill(self.pid, signal.SIGKILL)
-
-    def wait(self, timeout: float | None = None) -> None:
-        os.waitpid(self.pid, 0)
 
 
 def fork(run: Callable[[], object]) -> int:
@@ -101,7 +106,7 @@ def run_command(name: str, folder: Path, outputs: list[Path]) -> None:
     case = BAD[name]
     with (
         case.reading(folder) as path,
-        patch.object(runtime.process.subprocess, "Popen", ForkedEngine),
+        patch.object(subprocess, "Popen", ForkedEngine),
     ):
         sys.argv = ["fathom", "serve", str(path), "--dtype", case.dtype, *OPTIONS.split()]
         api.__main__.main()

@@ -1,0 +1,57 @@
+"""The tokens of one sequence, as the server process reads them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from runtime.errors import RequestError
+from runtime.request import TokenEvent
+
+
+class Generation:
+    """The tokens of one sequence as they come: ``async for events in generation``.
+
+    Each item is a list with every event that arrived since the last one; the last item ends with
+    the event that carries a ``finish_reason``. Raises `EngineDead` if the engine process dies while
+    it works on the sequence or the server stops, `QueueTimeout` if its turn does not come in time,
+    and `Quarantined` if its prompt turns out to end engine processes.
+    """
+
+    def __init__(self, seq_id: int, abort: Callable[[int], None]) -> None:
+        self.seq_id = seq_id
+        self.num_cached_tokens = 0  # of the prompt, taken from the prefix cache; 0 until it starts
+        self._abort = abort
+        self._events: list[TokenEvent] = []
+        self._arrived = asyncio.Event()
+        self._error: RequestError | None = None
+        self._finished = False
+
+    def __aiter__(self) -> Generation:
+        return self
+
+    async def __anext__(self) -> list[TokenEvent]:
+        if self._finished:
+            raise StopAsyncIteration
+        await self._arrived.wait()
+        events, self._events = self._events, []
+        if events:  # what arrived before an error is read before it
+            if self._error is None:
+                self._arrived.clear()
+            self._finished = events[-1].finish_reason is not None
+            return events
+        self._finished = True
+        assert self._error is not None
+        raise self._error
+
+    def abort(self) -> None:
+        """End this sequence and free its pages before the engine's next step. Idempotent."""
+        self._abort(self.seq_id)
+
+    def deliver(self, event: TokenEvent) -> None:
+        self._events.append(event)
+        self._arrived.set()
+
+    def fail(self, error: RequestError) -> None:
+        self._error = error
+        self._arrived.set()
