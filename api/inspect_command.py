@@ -11,7 +11,15 @@ import typer
 from rich.console import Console
 
 from api.terminal import format_bytes, format_count, parse_bytes
-from runtime import Gpu, ModelReport, context_left, describe_model, find_gpus, imagine_gpu
+from runtime import (
+    ConfigError,
+    Gpu,
+    ModelReport,
+    context_left,
+    describe_model,
+    find_gpus,
+    imagine_gpu,
+)
 
 GIB = 1 << 30
 COMMON_GPUS = {"24 GB": 24 * GIB, "48 GB": 48 * GIB, "80 GB": 80 * GIB, "141 GB": 139.8 * GIB}
@@ -55,10 +63,14 @@ def inspect_command(
     gpus = gpus or [imagine_gpu(name, int(size)) for name, size in COMMON_GPUS.items()]
     console = Console(highlight=False, soft_wrap=True)
     if as_json:
-        console.print(json.dumps(as_object(report, gpus), indent=2), markup=False)
-        return
-    for line in [*summary(report), "", *fits(report, gpus)]:
-        console.print(line, markup=False)
+        lines = [json.dumps(as_object(report, gpus), indent=2)]
+    else:
+        lines = [*summary(report), "", *fits(report, gpus)]
+    try:
+        for line in lines:
+            console.print(line, markup=False)
+    except OSError as error:
+        raise ConfigError(f"standard output took no report: {error}") from None
 
 
 def summary(report: ModelReport) -> Iterator[str]:

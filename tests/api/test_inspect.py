@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -188,6 +189,17 @@ def test_a_gpu_that_is_there_is_answered_for(
 )
 def test_a_mistake_is_one_line(arguments: list[str], words: list[str], inspect: Inspect) -> None:
     assert inspect(*arguments).is_refused(*words)
+
+
+def test_a_full_disk_behind_standard_output_is_one_line(
+    inspect: Inspect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for arguments in ([str(TINY)], [str(TINY), "--json"]):
+        with Path("/dev/full").open("w", buffering=1) as full, monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", full)
+            assert inspect(*arguments).is_refused("No space left on device", "standard output")
+            with contextlib.suppress(OSError):
+                full.close()
 
 
 def test_a_folder_without_config_is_one_line(inspect: Inspect, tmp_path: Path) -> None:
