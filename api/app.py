@@ -13,10 +13,11 @@ from starlette.routing import Route
 
 from api.auth import Auth
 from api.chat import chat_completions
-from api.errors import on_http_exception
+from api.errors import RETRY_SECONDS, HttpError, envelope, on_http_exception
 from api.guard import Guard
+from api.openapi import openapi_document
+from api.request_log import RequestLog
 from api.state import ServerState
-from runtime import EngineDead
 
 __all__ = ["ServerState", "create_app"]
 
@@ -27,37 +28,66 @@ def create_app(state: ServerState) -> Starlette:
     app = Starlette(
         routes=[
             Route("/health", health),
+            Route("/ready", ready),
             Route("/models", models),
             Route("/models/{name:path}", model),
             Route("/chat/completions", chat_completions, methods=["POST"]),
+            Route("/openapi.json", openapi),
         ],
         middleware=[
-            Middleware(Guard, needs_key=needs_key, allowed_origins=state.allowed_origins),
+            Middleware(RequestLog),
+            Middleware(
+                Guard,
+                needs_key=needs_key,
+                allowed_origins=state.allowed_origins,
+                allowed_hosts=state.allowed_hosts,
+                limits=state.limits,
+            ),
             Middleware(Auth, keys=state.keys),
         ],
         exception_handlers={HTTPException: on_http_exception},
     )
     app.state.server = state
+    app.state.openapi = openapi_document(state.model_names, needs_key=needs_key)
     return app
 
 
 async def health(request: Request) -> JSONResponse:
-    """200 while the engine can answer. Needs no key."""
-    state: ServerState = request.app.state.server
-    if not state.engine.healthy:
-        raise EngineDead("The engine is not running.")
+    """200 while the process lives, whatever its engine does. Needs no key."""
     return JSONResponse({"status": "ok"})
+
+
+async def ready(request: Request) -> JSONResponse:
+    """200 while a request would be worked on, else 503 with what is awaited. Needs no key."""
+    state: ServerState = request.app.state.server
+    engine = state.engine.status
+    status, phase = engine.state, engine.phase
+    if state.running.draining:
+        status, phase = "draining", "finishing answers"
+    if status == "ready":
+        return JSONResponse({"status": status, "model": state.model_names[0]})
+    message = f"The server is not ready, it is {status}: {phase}."
+    error = HttpError(503, message, code="not_ready", error_type="server_error")
+    details = {"status": status, "phase": phase, "percent": engine.percent}
+    headers = {"Retry-After": RETRY_SECONDS}
+    return JSONResponse({**envelope(error), **details}, 503, headers)
 
 
 async def models(request: Request) -> JSONResponse:
     state: ServerState = request.app.state.server
+    state.check_open()
     data = [model_object(state, name) for name in state.model_names]
     return JSONResponse({"object": "list", "data": data})
 
 
 async def model(request: Request) -> JSONResponse:
     state: ServerState = request.app.state.server
+    state.check_open()
     return JSONResponse(model_object(state, state.check_model(request.path_params["name"])))
+
+
+async def openapi(request: Request) -> JSONResponse:
+    return JSONResponse(request.app.state.openapi)
 
 
 def model_object(state: ServerState, name: str) -> dict[str, Any]:

@@ -5,18 +5,16 @@ from __future__ import annotations
 import io
 import sys
 import time
-from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from api.inspect_command import inspect_command
-from api.keys import KeyStore
-from api.terminal import describe, loading_bar, parse_bytes
+from api.keys_command import keys_app
+from api.limits import Limits
+from api.terminal import LoadingBar, describe, parse_bytes
 from api.terminal_chat import chat as run_chat
 from runtime import (
     ConfigError,
@@ -30,6 +28,7 @@ from runtime import (
 
 EMBEDDED_MODEL = Path(__file__).resolve().parent.parent / "weights" / "fathom-tiny"
 # Typer carries its own click, whose base of usage errors is reached through a public child.
+LIMITS = ", ".join(f"{name} ({default})" for name, default, _ in Limits.describe())
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 app = typer.Typer(
@@ -39,9 +38,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-)
-keys_app = typer.Typer(
-    help="Create, list and revoke the API keys that clients send.", no_args_is_help=True
 )
 app.add_typer(keys_app, name="keys")
 
@@ -156,11 +152,66 @@ def serve(
     ] = None,
     kv_cache_memory: KvCacheMemory = None,
     page_size: Annotated[int, typer.Option(help="Tokens in a page of the KV cache.")] = 16,
+    no_prefix_cache: Annotated[
+        bool,
+        typer.Option(
+            "--no-prefix-cache",
+            help="Compute every prompt from its start, also one that begins as an earlier one did.",
+        ),
+    ] = False,
     cuda_graphs: CudaGraphs = "lazy",
     batch_invariant: BatchInvariant = False,
     threads: Threads = None,
     no_key: Annotated[
         bool, typer.Option("--no-key", help="Let any program on this machine in without a key.")
+    ] = False,
+    uds: Annotated[
+        Path | None,
+        typer.Option(
+            help="Listen on a Unix socket of this path, for this user only, instead of a port.",
+            show_default=False,
+        ),
+    ] = None,
+    tls_cert: Annotated[
+        Path | None,
+        typer.Option(help="PEM file with the certificate chain for HTTPS.", show_default=False),
+    ] = None,
+    tls_key: Annotated[
+        Path | None, typer.Option(help="PEM file with its private key.", show_default=False)
+    ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Another name of this server that requests may have as their Host; may be given "
+            "several times.",
+            show_default=False,
+        ),
+    ] = None,
+    allowed_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A web page's origin to let in without a key, such as http://host:3000; may be "
+            "given several times.",
+            show_default=False,
+        ),
+    ] = None,
+    limit: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE",
+            help="Set a limit, such as queue=64 or body=16MiB; may be given several times. Names: "
+            f"{LIMITS}.",
+            show_default=False,
+        ),
+    ] = None,
+    drain: Annotated[
+        float, typer.Option(help="Seconds that answers may still take once the server stops.")
+    ] = 30.0,
+    watchdog: Annotated[
+        float, typer.Option(help="Seconds of silence after which a working engine is replaced.")
+    ] = 60.0,
+    log_json: Annotated[
+        bool, typer.Option("--log-json", help="Log JSON, one object a line.")
     ] = False,
 ) -> None:
     """Load a model and answer the OpenAI API on http://HOST:PORT/v1.
@@ -187,6 +238,7 @@ def serve(
         max_step_tokens=max_step_tokens,
         page_size=page_size,
         kv_cache_memory=_bytes(kv_cache_memory),
+        prefix_cache=not no_prefix_cache,
         cuda_graphs=cuda_graphs,
         batch_invariant=batch_invariant,
         num_threads=threads,
@@ -194,7 +246,21 @@ def serve(
     names = served_model_name or _default_names(model)
     if not all(names):
         raise ConfigError("--served-model-name must not be empty")
-    options = ServeOptions(host, port, tuple(names), needs_key=not no_key)
+    options = ServeOptions(
+        host,
+        port,
+        tuple(names),
+        needs_key=not no_key,
+        uds=uds,
+        tls_certificate=tls_cert,
+        tls_key=tls_key,
+        allowed_hosts=frozenset(allowed_host or ()),
+        allowed_origins=frozenset(allowed_origin or ()),
+        limits=Limits.parse(limit or ()),
+        drain_seconds=drain,
+        watchdog_seconds=watchdog,
+        log_json=log_json,
+    )
     serve_forever(config, options)
 
 
@@ -231,8 +297,12 @@ def chat(
         raise ConfigError("fathom chat needs standard input and output")
     console = Console(highlight=False)
     started = time.monotonic()
-    with loading_bar(console, Path(config.model).name) as progress:
-        engine = Engine.from_checkpoint(config, progress)
+    bar = LoadingBar(console, Path(config.model).name)
+    bar.start()
+    try:
+        engine = Engine.from_checkpoint(config, bar.update)
+    finally:
+        bar.stop()
     for line in describe(engine.info, time.monotonic() - started):
         console.print(line, style="dim", markup=False)
     defaults = inspect_checkpoint(find_checkpoint(config.model)).generation
@@ -251,49 +321,6 @@ def pull_command(
     """Download a checkpoint from Hugging Face; run it again to resume."""
     path = pull(hub_id)
     Console(soft_wrap=True).print(f"{hub_id} is in {path}", markup=False, highlight=False)
-
-
-@keys_app.command("create")
-def create_key(
-    name: Annotated[str, typer.Argument(help="Who or what uses the key, for example open-webui.")],
-) -> None:
-    """Make a key and show it once; only its digest is kept."""
-    store = KeyStore.open()
-    secret = store.create(name)
-    Console(stderr=True).print("Keep this key; it is not shown again:", style="dim")
-    try:
-        # The key alone on stdout, so that it can be piped into a client's configuration.
-        if sys.stdout is None:
-            raise OSError("it is closed")
-        print(secret, flush=True)
-    except OSError as error:
-        store.revoke(name)
-        raise ConfigError(f"standard output took no key ({error}); {name} is revoked") from None
-
-
-@keys_app.command("list")
-def list_keys() -> None:
-    """Show the keys' names and states, never the keys."""
-    console = Console()
-    entries = KeyStore.open().list()
-    if not entries:
-        console.print("No keys yet; make one with `fathom keys create NAME`.")
-        return
-    table = Table("id", "name", "created", "state")
-    for entry in entries:
-        created = datetime.fromtimestamp(entry.created_at).strftime("%Y-%m-%d %H:%M")
-        state = "active" if entry.revoked_at is None else "revoked"
-        table.add_row(entry.public_id, escape(entry.name), created, state)
-    console.print(table)
-
-
-@keys_app.command("revoke")
-def revoke_key(
-    name: Annotated[str, typer.Argument(help="Name or id, as `fathom keys list` shows it.")],
-) -> None:
-    """Make a key invalid at once, also for running servers."""
-    KeyStore.open().revoke(name)
-    Console().print(f"Revoked {name}.", markup=False, highlight=False)
 
 
 def _bytes(text: str | None) -> int | None:

@@ -6,6 +6,7 @@ numbers. ``null`` means absent, unknown fields are ignored: every real client se
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -29,6 +30,8 @@ MAX_CHOICES = 8
 MAX_MESSAGES = 2048
 MAX_LOGIT_BIAS = 1024
 MAX_STOP_TOKEN_IDS = 1024
+MAX_SALT_CHARS = 256
+MAX_PRIORITY = 1000
 MAX_VARIABLES_CHARS = 65_536  # of chat_template_kwargs as JSON
 PARTS = "<parts>"  # names of union branches; no JSON field is called so
 TEXT = "<text>"
@@ -49,8 +52,6 @@ IGNORED_FIELDS = frozenset(
         "service_tier",
         "store",
         "thinking_budget",
-        "user",
-        "user_id",
         "verbosity",
     }
 )
@@ -61,6 +62,7 @@ ERROR_CODES = {
     "literal_error": "invalid_value",
     "too_short": "empty_array",
     "too_long": "array_above_max_length",
+    "string_too_long": "string_above_max_length",
     "greater_than_equal": "integer_below_min_value",
     "less_than_equal": "integer_above_max_value",
 }
@@ -219,6 +221,10 @@ class ChatRequest(Body):
     reasoning: Reasoning | None = None
     reasoning_effort: ReasoningEffort | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    priority: Annotated[Integer, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
+    cache_salt: Annotated[str, Field(max_length=MAX_SALT_CHARS)] | None = None
+    user: str | None = None
+    user_id: str | None = None
 
     @property
     def num_choices(self) -> int:
@@ -259,8 +265,17 @@ def thinking_wanted(request: ChatRequest) -> bool | None:
 
     Of several spellings the first counts: ``thinking``, ``enable_thinking``, ``reasoning``,
     ``reasoning_effort``, and in ``chat_template_kwargs`` ``thinking`` or ``enable_thinking``.
-    Raises `BadRequest` for one of the last two that is no boolean.
+    Raises `BadRequest` for one of the last two that is no boolean, also where another counts.
     """
+    variables = request.chat_template_kwargs or {}
+    for name in THINKING_VARIABLES:
+        if not isinstance(variables.get(name), bool | None):
+            raise BadRequest(
+                f"Invalid 'chat_template_kwargs.{name}': it must be true or false, got "
+                f"{_show(variables[name])}.",
+                param=f"chat_template_kwargs.{name}",
+                code="invalid_type",
+            )
     if request.thinking is not None and request.thinking.type != "auto":
         return request.thinking.type == "enabled"
     reasoning = request.reasoning or Reasoning()
@@ -271,16 +286,8 @@ def thinking_wanted(request: ChatRequest) -> bool | None:
         if effort is not None:
             return effort != "none"
     for name in THINKING_VARIABLES:
-        switch = (request.chat_template_kwargs or {}).get(name)
-        if switch is not None:
-            if not isinstance(switch, bool):
-                raise BadRequest(
-                    f"Invalid 'chat_template_kwargs.{name}': it must be true or false, got "
-                    f"{_show(switch)}.",
-                    param=f"chat_template_kwargs.{name}",
-                    code="invalid_type",
-                )
-            return switch
+        if variables.get(name) is not None:
+            return bool(variables[name])
     return None
 
 
@@ -348,6 +355,12 @@ def sampling_params(request: ChatRequest, defaults: GenerationDefaults) -> Sampl
         min_tokens=request.min_tokens or 0,
         logprobs=logprobs,
     )
+
+
+def cache_namespace(request: ChatRequest, key_id: str | None) -> str:
+    """Whose prompts may share cached pages: those of one key, user and salt, unreadable in it."""
+    parts = [key_id, request.cache_salt, request.user, request.user_id]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 def _first(asked: float | None, default: float | None, neutral: float) -> float:

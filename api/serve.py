@@ -1,134 +1,246 @@
-"""`fathom serve`: the port, the engine process, the keys, then uvicorn until told to stop."""
+"""`fathom serve`: the port, the keys, the engine process and uvicorn, from start to end.
+
+The port answers before the model is loaded: `/ready` says how far it is. From the first line to the
+last, a signal ends the server in order.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import hashlib
-import ipaddress
 import json
-import logging
+import os
+import re
+import resource
+import shlex
 import signal
 import socket
+import ssl
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 
-import h11
 import uvicorn
 from rich.console import Console
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from api.app import ServerState, create_app
-from api.errors import envelope
+from api.connections import ACCEPTED_AT_ONCE, protocol_class, raise_file_limit
 from api.keys import KeyStore
-from api.terminal import describe, loading_bar
+from api.limits import Limits
+from api.listen import cannot_listen, is_loopback, listening_on, tls_context
+from api.output import Output, logging_to
+from api.server import Server
+from api.terminal import LoadingBar, describe
 from runtime import (
-    BadRequest,
     Checkpoint,
     ConfigError,
     EngineClient,
     EngineConfig,
+    EngineInfo,
+    SupervisorPolicy,
     Tokenizer,
     find_checkpoint,
     inspect_checkpoint,
 )
 
-KEEP_ALIVE_SECONDS = 75
-"""Above the idle time of every client's connection pool we know, so that no reuse meets a close."""
-DRAIN_SECONDS = 4
-"""How long a stopping server lets answers finish before it ends them with an error."""
-SHUTDOWN_SECONDS = 5
 FIRST_KEY = "default"
+HERE = {"localhost": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
+"""What to write in a URL on this machine for a host that is listened on."""
+MAX_DRAIN_SECONDS = 86_400.0
+ENGINE_SECONDS = 0.3
+"""How long a hurried end waits for the engine, which dies with this process anyway."""
+ORIGIN = re.compile(r"null|[a-z][a-z0-9+.-]*://[^/?#\s]*")
+HOST = re.compile(r"\*|[A-Za-z0-9._-]+|\[?[0-9A-Fa-f:.]+\]?")
+STOPPING = (signal.SIGINT, signal.SIGTERM)
+IGNORED = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 @dataclass(frozen=True, slots=True)
 class ServeOptions:
-    """Where to listen and under which names the model answers."""
+    """Where to listen, under which names the model answers, and how long things may take.
+
+    Raises `ConfigError` for values that cannot be.
+    """
 
     host: str
     port: int
     model_names: tuple[str, ...]
     needs_key: bool = True
+    uds: Path | None = None  # a Unix socket in place of host and port
+    tls_certificate: Path | None = None
+    tls_key: Path | None = None
+    allowed_origins: frozenset[str] = frozenset()
+    allowed_hosts: frozenset[str] = frozenset()
+    limits: Limits = field(default_factory=Limits)
+    drain_seconds: float = 30.0
+    watchdog_seconds: float = 60.0
+    log_json: bool = False
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.drain_seconds <= MAX_DRAIN_SECONDS:
+            raise ConfigError(
+                f"--drain must be between 0 and {MAX_DRAIN_SECONDS:g} seconds, "
+                f"got {self.drain_seconds:g}"
+            )
+        if not 1 <= self.watchdog_seconds <= MAX_DRAIN_SECONDS:
+            raise ConfigError(
+                f"--watchdog must be between 1 and {MAX_DRAIN_SECONDS:g} seconds, "
+                f"got {self.watchdog_seconds:g}"
+            )
+        for origin in self.allowed_origins:
+            if not ORIGIN.fullmatch(origin):
+                raise ConfigError(
+                    f"--allowed-origin {origin!r} is not an origin; write SCHEME://HOST or "
+                    "SCHEME://HOST:PORT in lower case, without a path"
+                )
+        for host in self.allowed_hosts:
+            if not HOST.fullmatch(host):
+                raise ConfigError(
+                    f"--allowed-host {host!r} is not a host name or address; leave out scheme and "
+                    "port"
+                )
 
-class Protocol(H11Protocol):
-    """h11 whose refusals of malformed HTTP are in the error envelope too."""
+    @property
+    def is_private(self) -> bool:
+        """Whether only this machine can reach the server."""
+        return self.uds is not None or is_loopback(self.host)
 
-    def send_400_response(self, msg: str) -> None:
-        error = BadRequest(msg, code="invalid_http")
-        body = json.dumps(envelope(error)).encode()
-        headers = [
-            (b"content-type", b"application/json"),
-            (b"content-length", str(len(body)).encode()),
-            (b"connection", b"close"),
-        ]
-        response = h11.Response(status_code=400, headers=headers, reason=b"Bad Request")
-        for event in (response, h11.Data(data=body), h11.EndOfMessage()):
-            self.transport.write(self.conn.send(event) or b"")
-        self.transport.close()
-
-
-class Server(uvicorn.Server):
-    """uvicorn without its signal handlers: `serve_forever` decides when to stop, and how.
-
-    Whoever still waits for an answer when the time to shut down is over gets an error, not a cut.
-    """
-
-    end_streams: Callable[[], None] = staticmethod(lambda: None)
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        asyncio.get_running_loop().call_later(DRAIN_SECONDS, self.end_streams)
-        await super().shutdown(sockets)
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
+    @property
+    def address(self) -> str:
+        return str(self.uds or f"{self.host}:{self.port}")
 
 
 def serve_forever(config: EngineConfig, options: ServeOptions) -> None:
-    """Load the model and serve until SIGINT or SIGTERM.
+    """Load the model and serve until SIGINT or SIGTERM; then this process is over.
 
-    Raises `ConfigError` or `CheckpointError` before any long work where that is possible: flags,
-    port, keys, files and tensor headers are checked before a weight is read.
+    Raises `ConfigError` or `CheckpointError` if it cannot start: flags, port, keys, files and
+    tensor headers are checked before a weight is read.
     """
-    console = Console(highlight=False, soft_wrap=True)
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
-    listener = bind(options.host, options.port)
-    with contextlib.closing(listener):
+    _reserve_standard_files()
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core file would hold keys and prompts
+    raise_file_limit()
+    output = Output()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(handling_signals(lambda: os._exit(0)))  # before and after the loop
+        stack.callback(output.close)
+        stack.enter_context(logging_to(output, as_json=options.log_json))
+        tls = tls_context(options.tls_certificate, options.tls_key)
+        listener = stack.enter_context(listening_on(options.host, options.port, options.uds))
         store = open_keys(options)
+        if store is not None:
+            stack.callback(store.close)
         config.resolve_device()
-        folder = find_checkpoint(config.model)
-        checkpoint = inspect_checkpoint(folder)
-        tokenizer = Tokenizer.load(folder)
-        asyncio.run(_serve(config, options, listener, store, checkpoint, tokenizer, console))
+        checkpoint = inspect_checkpoint(find_checkpoint(config.model))
+        service = Service(config, options, listener, tls, store, checkpoint, output)
+        asyncio.run(service.run())
+    # Not by way of Python's own end: it would wait for a blocked output and for prompts that are
+    # being encoded.
+    os._exit(0)
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """A socket bound to the address. Raises `ConfigError` if it is taken or not ours."""
-    if not 0 <= port <= 65535:
-        raise ConfigError(f"--port must be between 0 and 65535, got {port}")
-    try:
-        family, kind, proto, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-    except (OSError, UnicodeError) as error:
-        raise ConfigError(f"--host {host!r} is not an address of this machine: {error}") from None
-    listener = socket.socket(family, kind, proto)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind(address)
-    except OSError as error:
-        listener.close()
-        raise cannot_listen(host, port, error) from None
-    return listener
+class Service:
+    """One run of the server, from the moment its address is its own."""
 
+    def __init__(
+        self,
+        config: EngineConfig,
+        options: ServeOptions,
+        listener: socket.socket,
+        tls: ssl.SSLContext | None,
+        store: KeyStore | None,
+        checkpoint: Checkpoint,
+        output: Output,
+    ) -> None:
+        self.options = options
+        self.listener = listener
+        self.tls = tls
+        self.store = store
+        self.output = output
+        self.console = Console(highlight=False, soft_wrap=True)
+        self.bar = LoadingBar(self.console, options.model_names[0])
+        policy = SupervisorPolicy(
+            max_waiting=options.limits.queue,
+            queue_seconds=options.limits.queue_seconds,
+            watchdog_seconds=options.watchdog_seconds,
+        )
+        self.engine = EngineClient(config, self._show_progress, policy=policy)
+        self.state = ServerState(
+            engine=self.engine,
+            tokenizer=Tokenizer.load(checkpoint.folder),
+            defaults=checkpoint.generation,
+            model_names=options.model_names,
+            keys=store,
+            created=int(time.time()),
+            system_fingerprint=fingerprint(checkpoint.folder),
+            allowed_origins=options.allowed_origins,
+            allowed_hosts=options.allowed_hosts | own_names(options),
+            limits=options.limits,
+        )
 
-def cannot_listen(host: str, port: int, error: OSError) -> ConfigError:
-    reason = error.strerror or str(error)
-    return ConfigError(f"cannot listen on {host}:{port}: {reason}; choose another with --port")
+    async def run(self) -> None:
+        """Serve until told to stop. Raises what `EngineClient.start` raises, and `ConfigError` if
+        another process took the address meanwhile.
+        """
+        try:
+            self.listener.listen(ACCEPTED_AT_ONCE)
+        except OSError as error:
+            raise cannot_listen(self.options.address, error) from None
+        server = self._server()
+        loop = asyncio.get_running_loop()
+        started = time.monotonic()
+        with handling_signals(lambda: loop.call_soon_threadsafe(server.stop)):
+            serving = asyncio.create_task(server.serve(sockets=[self.listener]))
+            loading = asyncio.create_task(self.engine.start())
+            watching = asyncio.create_task(self._watch_keys())
+            self.output.put(self.bar.start)
+            try:
+                await asyncio.wait((serving, loading), return_when=asyncio.FIRST_COMPLETED)
+                self.output.put(self.bar.stop)
+                if loading.done() and not server.should_exit:
+                    self._announce(loading.result(), time.monotonic() - started)
+                await serving
+            finally:
+                if not server.should_exit:
+                    server.stop()
+                loading.cancel()
+                watching.cancel()
+                patience = ENGINE_SECONDS if server.hurried else None
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self.engine.stop(), patience)
+                await asyncio.gather(serving, loading, watching, return_exceptions=True)
+
+    def _server(self) -> Server:
+        config = uvicorn.Config(
+            create_app(self.state),
+            http=protocol_class(self.options.limits),
+            lifespan="off",
+            ws="none",
+            workers=1,
+            log_config=None,
+            log_level="error",  # not a line for every malformed request
+            backlog=ACCEPTED_AT_ONCE,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,  # anybody could send them
+        )
+        config.load()
+        config.ssl = self.tls
+        return Server(config, self.state.running, self.options.drain_seconds)
+
+    async def _watch_keys(self) -> None:
+        if self.store is not None:
+            await self.state.running.watch_keys(self.store)
+
+    def _show_progress(self, done: int, total: int) -> None:
+        self.output.put(lambda: self.bar.update(done, total))
+
+    def _announce(self, info: EngineInfo, seconds: float) -> None:
+        text = banner(self.options, self.listener.getsockname(), self.store)
+        lines = "\n".join([*describe(info, seconds), text])
+        self.output.put(lambda: self.console.print(lines, markup=False))
 
 
 def open_keys(options: ServeOptions) -> KeyStore | None:
@@ -137,11 +249,12 @@ def open_keys(options: ServeOptions) -> KeyStore | None:
     Raises `ConfigError` for an address that others can reach without a key.
     """
     if not options.needs_key:
-        if not is_loopback(options.host):
+        if not options.is_private:
             raise ConfigError(f"--no-key is for this machine only; --host {options.host} is not")
         return None
     store = KeyStore.open()
-    if not is_loopback(options.host) and not has_keys(store):
+    if not options.is_private and not has_keys(store):
+        store.close()
         raise ConfigError(
             f"--host {options.host} can be reached by others and there is no API key; make one "
             "first with `fathom keys create NAME`"
@@ -150,101 +263,58 @@ def open_keys(options: ServeOptions) -> KeyStore | None:
 
 
 def has_keys(store: KeyStore) -> bool:
-    return any(entry.revoked_at is None for entry in store.list())
+    return any(store.is_active(entry.public_id) for entry in store.list())
 
 
-def is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+def own_names(options: ServeOptions) -> frozenset[str]:
+    """Names under which others on the network know this machine; addresses need no list."""
+    if options.is_private:
+        return frozenset()
+    name = socket.gethostname().lower()
+    short = name.partition(".")[0]
+    return frozenset({options.host.lower(), name, short, f"{short}.local"})
 
 
-async def _serve(
-    config: EngineConfig,
-    options: ServeOptions,
-    listener: socket.socket,
-    store: KeyStore | None,
-    checkpoint: Checkpoint,
-    tokenizer: Tokenizer,
-    console: Console,
-) -> None:
-    started = time.monotonic()
-    with loading_bar(console, options.model_names[0]) as progress:
-        engine = EngineClient(config, progress)
-        info = await engine.start()
-    try:
-        state = ServerState(
-            engine=engine,
-            tokenizer=tokenizer,
-            defaults=checkpoint.generation,
-            model_names=options.model_names,
-            keys=store,
-            created=int(time.time()),
-            system_fingerprint=fingerprint(checkpoint.folder),
-            max_model_len=info.max_model_len,
-        )
-        server = Server(
-            uvicorn.Config(
-                create_app(state),
-                http=Protocol,
-                lifespan="off",
-                ws="none",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                timeout_keep_alive=KEEP_ALIVE_SECONDS,
-                timeout_graceful_shutdown=SHUTDOWN_SECONDS,
-            )
-        )
-        server.end_streams = lambda: engine.end_all("The server is shutting down.")
-        _stop_on_signals(server)
-        for line in describe(info, time.monotonic() - started):
-            console.print(line, markup=False)
-        try:
-            listener.listen()  # before the address is shown: whoever asks at once is answered
-        except OSError as error:
-            raise cannot_listen(options.host, options.port, error) from None
-        announce(console, options, listener.getsockname()[1], store)
-        await server.serve(sockets=[listener])
-    finally:
-        await engine.stop()
-
-
-def _stop_on_signals(server: Server) -> None:
-    """The first SIGINT or SIGTERM ends gracefully, the second at once."""
-
-    def stop() -> None:
-        if server.should_exit:
-            server.end_streams()
-        server.force_exit = server.should_exit
-        server.should_exit = True
-
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop)
-
-
-def announce(console: Console, options: ServeOptions, port: int, store: KeyStore | None) -> None:
-    """The address, a key, and a request to try at once."""
+def banner(
+    options: ServeOptions, bound: str | tuple[str | int, ...], store: KeyStore | None
+) -> str:
+    """Where the server listens, a key, and a request to try at once."""
     secret, about_key = a_key(options, store)
-    host = f"[{options.host}]" if ":" in options.host else options.host
-    base = f"http://{host}:{port}/v1"
-    messages = [{"role": "user", "content": "hello"}]
-    body = {"model": options.model_names[-1], "messages": messages}
-    text = f"""\
-serving  {base}  as {", ".join(options.model_names)}
+    scheme = "https" if options.tls_certificate else "http"
+    curl = "curl"
+    if isinstance(bound, str):
+        curl, base, place = (
+            f"curl --unix-socket {shlex.quote(bound)}",
+            f"{scheme}://localhost",
+            bound,
+        )
+    else:
+        host = HERE.get(options.host, options.host)
+        base = f"{scheme}://{_with_port(host, bound[1])}"
+        place = _with_port(str(bound[0]), bound[1])
+    body = {
+        "model": options.model_names[-1],
+        "messages": [{"role": "user", "content": "hello"}],
+    }
+    notes = [about_key]
+    if not options.is_private and options.tls_certificate is None:
+        notes.append(
+            "Plain HTTP: keys and answers can be read on this network. Use --tls-cert and "
+            "--tls-key, a VPN or an ssh tunnel."
+        )
+    return f"""\
+serving  {base}/v1  as {", ".join(options.model_names)}
+         listening on {place}
 
-{about_key}
+{chr(10).join(notes)}
 
 Try it in another terminal:
 
-curl {base}/chat/completions \\
+{curl} {base}/v1/chat/completions \\
   -H "Authorization: Bearer {secret}" -H "Content-Type: application/json" \\
-  -d '{json.dumps(body)}'
+  -d {shlex.quote(json.dumps(body))}
 
 Ctrl-C stops the server."""
-    console.print(text, markup=False)
 
 
 def a_key(options: ServeOptions, store: KeyStore | None) -> tuple[str, str]:
@@ -259,7 +329,7 @@ def a_key(options: ServeOptions, store: KeyStore | None) -> tuple[str, str]:
         secret = store.create(FIRST_KEY)
         return secret, f"Your API key, shown only now:  {secret}"
     lasting = "Lasting keys: `fathom keys list`, `fathom keys create NAME`."
-    if not is_loopback(options.host):
+    if not options.is_private:
         return "$FATHOM_API_KEY", lasting
     secret = store.lend()
     return secret, f"A key for this run:  {secret}\n{lasting}"
@@ -271,3 +341,32 @@ def fingerprint(folder: Path) -> str:
     for file in sorted(folder.glob("*.safetensors")):
         digest.update(f"{file.name}:{file.stat().st_size}".encode())
     return f"fp_{digest.hexdigest()[:10]}"
+
+
+@contextlib.contextmanager
+def handling_signals(stop: Callable[[], object]) -> Iterator[None]:
+    """Have SIGINT and SIGTERM call ``stop``, and no other signal end the process by accident."""
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        stop()
+
+    before = {number: signal.signal(number, on_signal) for number in STOPPING}
+    before |= {number: signal.signal(number, signal.SIG_IGN) for number in IGNORED}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _reserve_standard_files() -> None:
+    """A file that was closed before the start must not become the number of a socket."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+
+
+def _with_port(host: str, port: str | int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -6,13 +6,27 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from api.errors import shorten
+from api.errors import HttpError, shorten
 from api.keys import KeyStore
-from runtime import GenerationDefaults, ModelNotFound, SamplingParams, TokenEvent, Tokenizer
+from api.limits import Limits
+from api.running import Running, shutting_down
+from runtime import (
+    EngineInfo,
+    EngineStatus,
+    GenerationDefaults,
+    ModelNotFound,
+    SamplingParams,
+    TokenEvent,
+    Tokenizer,
+)
 
 
 class GenerationLike(Protocol):
     """The tokens of one sequence as they come; the last event carries a ``finish_reason``."""
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Tokens of the prompt that were in the prefix cache; 0 until the sequence starts."""
 
     def __aiter__(self) -> AsyncIterator[list[TokenEvent]]: ...
 
@@ -26,9 +40,23 @@ class EngineLike(Protocol):
     """What the routes need of `runtime.EngineClient`; tests put a scripted engine here."""
 
     @property
-    def healthy(self) -> bool: ...
+    def status(self) -> EngineStatus: ...
 
-    def submit(self, prompt_ids: list[int], params: SamplingParams) -> GenerationLike: ...
+    @property
+    def info(self) -> EngineInfo:
+        """Raises `EngineDead` before the engine was ready for the first time."""
+
+    def check_room(self, count: int = 1) -> None:
+        """Raises `QueueFull` or `EngineDead` if as many sequences cannot be queued. Cheap."""
+
+    def submit(
+        self,
+        prompt_ids: list[int],
+        params: SamplingParams,
+        *,
+        namespace: str = "",
+        priority: int = 0,
+    ) -> GenerationLike: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +70,31 @@ class ServerState:
     keys: KeyStore | None
     created: int  # Unix seconds
     system_fingerprint: str
-    max_model_len: int
     allowed_origins: frozenset[str] = frozenset()
-    keep_alive_seconds: float = 10.0  # silence after which a stream gets a comment
+    allowed_hosts: frozenset[str] = frozenset()
+    limits: Limits = field(default_factory=Limits)
+    running: Running = field(default_factory=Running)
     unknown_fields: set[str] = field(default_factory=set)  # seen in requests, logged once each
+
+    @property
+    def max_model_len(self) -> int:
+        return self.engine.info.max_model_len
+
+    def check_open(self) -> None:
+        """Raises `HttpError` 503 while the model is loaded for the first time, or the server
+        drains.
+        """
+        if self.running.draining:
+            raise shutting_down()
+        status = self.engine.status
+        if status.state == "loading":
+            done = "" if status.percent is None else f" ({status.percent:.0f} %)"
+            raise HttpError(
+                503,
+                f"The model is loading: {status.phase}{done}.",
+                code="model_loading",
+                error_type="server_error",
+            )
 
     def check_model(self, name: str | None) -> str:
         """The name to answer under: the asked one, or the main one if none was asked for.

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import (
@@ -54,19 +52,31 @@ def format_count(count: int) -> str:
     return f"{count / 1e6:,.1f} M" if count < 10**9 else f"{count / 1e9:,.2f} B"
 
 
-@contextmanager
-def loading_bar(console: Console, name: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar over weight bytes: done, rate and time left."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(f"Loading {name}", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+class LoadingBar:
+    """A progress bar over weight bytes: done, rate and time left. It draws only when told to."""
+
+    def __init__(self, console: Console, name: str) -> None:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(binary_units=True),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+        )
+        self._bar = Progress(*columns, console=console, transient=True, auto_refresh=False)
+        self._shown = console.is_terminal
+        self._task = self._bar.add_task(f"Loading {name}", total=None)
+
+    def start(self) -> None:
+        if self._shown:
+            self._bar.start()
+
+    def stop(self) -> None:
+        if self._shown:
+            self._bar.stop()
+
+    def update(self, done: int, total: int) -> None:
+        self._bar.update(self._task, completed=done, total=total, refresh=self._shown)
 
 
 def describe(info: EngineInfo, seconds: float) -> list[str]:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +18,16 @@ import httpx
 import uvicorn
 
 from api.app import ServerState, create_app
+from api.connections import protocol_class
+from api.server import Server
 from runtime import (
     EngineDead,
     EngineInfo,
+    EngineStatus,
     FinishReason,
     Generation,
     GenerationDefaults,
+    QueueFull,
     SamplingParams,
     TokenEvent,
     Tokenizer,
@@ -60,9 +67,13 @@ class ScriptedEngine:
         self.batch = 1  # tokens that arrive together
         self.fails_with: FinishReason | None = None  # after the last scripted token
         self.dies = False  # after the last scripted token
-        self.healthy = True
-        self.max_live: int | None = None
+        self.state = "ready"
+        self.num_cached = 0  # tokens of every prompt that come from the cache
+        self.max_live: int | None = None  # above it the queue is full
+        self.refuses_after: int | None = None  # live sequences, found out only by submitting
         self.submitted: list[tuple[list[int], SamplingParams]] = []
+        self.namespaces: list[str] = []  # of the submitted, in order
+        self.priorities: list[int] = []
         self.aborted: list[int] = []  # sequences that were aborted while they ran
         self._live: dict[int, tuple[Generation, asyncio.Task[None]]] = {}
         self._seq_ids = itertools.count()
@@ -83,15 +94,34 @@ class ScriptedEngine:
         if stop:
             self.token_ids.append(min(tokenizer.eos_token_ids))
 
-    def submit(self, prompt_ids: list[int], params: SamplingParams) -> Generation:
-        if not self.healthy:
+    @property
+    def status(self) -> EngineStatus:
+        return EngineStatus(self.state, f"phase of {self.state}", 37.5, 0, "")
+
+    def check_room(self, count: int = 1) -> None:
+        if self.state not in ("ready", "restarting"):
             raise EngineDead("the engine is not running")
+        if self.max_live is not None and len(self._live) + count > self.max_live:
+            raise QueueFull(f"{len(self._live)} are there already")
+
+    def submit(
+        self,
+        prompt_ids: list[int],
+        params: SamplingParams,
+        *,
+        namespace: str = "",
+        priority: int = 0,
+    ) -> Generation:
+        self.check_room()
         seq_id = next(self._seq_ids)
         admitted = admit(seq_id, prompt_ids, params, self.info)
-        if self.max_live is not None and len(self._live) >= self.max_live:
+        if self.refuses_after is not None and len(self._live) >= self.refuses_after:
             raise EngineDead("no more")
         self.submitted.append((prompt_ids, params))
+        self.namespaces.append(namespace)
+        self.priorities.append(priority)
         generation = Generation(seq_id, self._abort)
+        generation.num_cached_tokens = self.num_cached
         play = self._play(generation, params, admitted.max_new_tokens)
         self._live[seq_id] = generation, asyncio.get_running_loop().create_task(play)
         return generation
@@ -140,33 +170,64 @@ def scripted_state(tokenizer: Tokenizer) -> ServerState:
         keys=None,
         created=1_700_000_000,
         system_fingerprint="fp_0123456789",
-        max_model_len=MAX_MODEL_LEN,
     )
+
+
+@dataclass(slots=True)
+class Served:
+    """A server in a thread of its own."""
+
+    base: str  # its address, ending in /v1
+    stop: Callable[[], None]  # what the first signal does; called again, what the second does
+    thread: threading.Thread
 
 
 @contextlib.contextmanager
 def serve(state: ServerState) -> Iterator[str]:
     """Run the application in a real server on a free port; its address, ending in /v1."""
+    with serve_until_stopped(state) as served:
+        yield served.base
+
+
+@contextlib.contextmanager
+def serve_until_stopped(state: ServerState, drain_seconds: float = 1.0) -> Iterator[Served]:
+    """As `serve`, for tests of how a server ends."""
     config = uvicorn.Config(
         create_app(state),
-        port=0,
-        http="h11",
+        http=protocol_class(state.limits),
         ws="none",
         lifespan="off",
         log_config=None,
-        timeout_keep_alive=75,
-        timeout_graceful_shutdown=1,
     )
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run)
+    server = Server(config, state.running, drain_seconds)
+    listener = socket.create_server(("127.0.0.1", 0))
+    loop = asyncio.new_event_loop()
+
+    async def run() -> None:
+        watching = None
+        if state.keys is not None:
+            watching = asyncio.create_task(state.running.watch_keys(state.keys, seconds=0.05))
+        await server.serve(sockets=[listener])
+        if watching is not None:
+            watching.cancel()
+
+    thread = threading.Thread(target=loop.run_until_complete, args=(run(),))
     thread.start()
+
+    def stop() -> None:
+        loop.call_soon_threadsafe(server.stop)
+
     try:
         wait_until(lambda: server.started)
-        port = server.servers[0].sockets[0].getsockname()[1]
-        yield f"http://127.0.0.1:{port}/v1"
+        base = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+        yield Served(base, stop, thread)
     finally:
-        server.should_exit = True
+        if thread.is_alive():
+            stop()
         thread.join()
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        loop.close()
+        listener.close()
 
 
 def wait_until(condition: Callable[[], object], seconds: float = 10.0) -> None:
@@ -175,6 +236,16 @@ def wait_until(condition: Callable[[], object], seconds: float = 10.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, "the condition never became true"
         time.sleep(0.005)
+
+
+@contextlib.contextmanager
+def in_background(*tasks: Callable[[], None]) -> Iterator[None]:
+    """Run each task in a thread beside the block; whatever one raises is raised at its end."""
+    with ThreadPoolExecutor(len(tasks)) as threads:
+        futures = [threads.submit(task) for task in tasks]
+        yield
+        for future in futures:
+            future.result(20)
 
 
 def engine_of(state: ServerState) -> ScriptedEngine:

@@ -8,10 +8,10 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-import httpx
 import openai
 import pytest
 
+from api.limits import Limits
 from runtime import FinishReason, Tokenizer
 from tests.api.scripted import ScriptedEngine, engine_of, post, scripted_state, serve
 
@@ -311,7 +311,7 @@ def test_one_choice_that_cannot_be_queued_takes_the_others_back(
     base: str, engine: ScriptedEngine
 ) -> None:
     engine.say("ok")
-    engine.max_live = 2
+    engine.refuses_after = 2
     response = post(base, {**ASK, "n": 3})
     assert response.status_code == 503
     assert engine.aborted == [0, 1]
@@ -319,11 +319,11 @@ def test_one_choice_that_cannot_be_queued_takes_the_others_back(
 
 
 def test_a_dead_engine_is_a_503_everywhere(base: str, engine: ScriptedEngine) -> None:
-    assert httpx.get(base.replace("/v1", "/health")).json() == {"status": "ok"}
-    engine.healthy = False
-    for response in (httpx.get(base.replace("/v1", "/health")), post(base, ASK)):
-        assert response.status_code == 503
-        assert response.json()["error"]["code"] == "engine_unavailable"
+    engine.state = "failing"
+    response = post(base, ASK)
+    assert response.status_code == 503
+    assert response.json()["error"]["code"] == "engine_unavailable"
+    assert int(response.headers["retry-after"]) > 0
 
 
 def test_a_fault_of_ours_is_a_500_that_tells_and_logs_no_prompt(
@@ -334,7 +334,7 @@ def test_a_fault_of_ours_is_a_500_that_tells_and_logs_no_prompt(
 ) -> None:
     private = "my bank account"
 
-    def broken(prompt_ids: object, params: object) -> None:
+    def broken(prompt_ids: object, params: object, **options: object) -> None:
         raise RuntimeError(private)
 
     monkeypatch.setattr(engine, "submit", broken)
@@ -350,7 +350,7 @@ def test_a_fault_of_ours_is_a_500_that_tells_and_logs_no_prompt(
 
 
 def test_silence_is_filled_with_comments(tokenizer: Tokenizer) -> None:
-    state = replace(scripted_state(tokenizer), keep_alive_seconds=0.05)
+    state = replace(scripted_state(tokenizer), limits=Limits(ping=0.05))
     engine = engine_of(state)
     engine.say("late")
     engine.first_token_seconds = 0.3

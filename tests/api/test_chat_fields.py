@@ -108,7 +108,16 @@ TABLE: dict[str, tuple[list[Any], list[tuple[Any, str]]]] = {
         ["auto", "none", {"type": "function", "function": {"name": "f"}}],
         [(1, TYPE), (True, TYPE), ([], TYPE)],
     ),
-    "user": (["ann", 5, {"any": "thing"}], []),
+    "user": (["ann", "", "x" * 5000], [(5, TYPE), ({"any": "thing"}, TYPE)]),
+    "user_id": (["ann", ""], [(True, TYPE), (["ann"], TYPE)]),
+    "cache_salt": (
+        ["", "s" * 256, "盐"],
+        [("s" * 257, "string_above_max_length"), (7, TYPE), ([], TYPE)],
+    ),
+    "priority": (
+        [-1000, 0, 1000, 5.0],
+        [(-1001, INT_LOW), (1001, INT_HIGH), *NOT_INTEGERS],
+    ),
     "thinking": (
         [{"type": "enabled", "budget_tokens": 9}, {"type": "disabled"}, {"type": "auto"}],
         [({"type": "on"}, "invalid_value"), (True, TYPE), ("enabled", TYPE), ([], TYPE)],

@@ -83,6 +83,22 @@ def busy_port() -> Iterator[int]:
         (["serve", "--kv-cache-memory", "9" * 400], "is not a size"),
         (["serve", "--threads", "100000000000"], "--threads must be between 1 and 1024"),
         (["sing"], "No such command 'sing'"),
+        (["serve", "--drain", "-1"], "--drain must be between 0 and 86400 seconds, got -1"),
+        (["serve", "--drain", "nan"], "--drain must be between 0 and 86400 seconds, got nan"),
+        (["serve", "--watchdog", "0"], "--watchdog must be between 1 and 86400 seconds, got 0"),
+        (["serve", "--limit", "queue=0"], "--limit queue must be from 1 to 100000, got '0'"),
+        (["serve", "--limit", "bodies=1"], "--limit knows no 'bodies'"),
+        (["serve", "--port", "0", "--tls-cert", "a.pem"], "--tls-cert and --tls-key belong"),
+        (["serve", "--port", "0", "--tls-key", "a.pem"], "--tls-cert and --tls-key belong"),
+        (["serve", "--tls-cert", "no.pem", "--tls-key", "no.pem"], "--tls-cert no.pem: No such"),
+        (["serve", "--tls-cert", str(ROOT), "--tls-key", str(ROOT)], "Is a directory"),
+        (["serve", "--tls-cert", __file__, "--tls-key", __file__], "are not a PEM certificate"),
+        (["serve", "--allowed-origin", "http://x/chat"], "without a path"),
+        (["serve", "--allowed-host", "http://x"], "leave out scheme and port"),
+        (["serve", "--uds", __file__], "there is a file that is no socket"),
+        (["serve", "--uds", "/no/such/folder/socket"], "cannot listen on /no/such/folder/socket"),
+        (["serve", "--uds", "/tmp/" + "x" * 200], "AF_UNIX path too long"),
+        (["serve", "--no-key", "--host", "0.0.0.0", "--port", "0"], "--no-key is for this machine"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_it_and_exit_code_2(
@@ -109,6 +125,22 @@ def test_an_open_address_without_keys_is_refused_with_the_command_that_helps(
     result = fathom("serve", "--host", "0.0.0.0", "--port", "0")
     assert result.returncode == 2
     assert "fathom keys create" in result.stderr
+
+
+def test_a_unix_socket_in_use_is_refused_and_a_stale_one_replaced(
+    fathom: Fathom, tmp_path: Path
+) -> None:
+    path = tmp_path / "socket"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        result = fathom("serve", "--uds", str(path), "./no-such-folder")
+        assert result.returncode == 2
+        assert "a server listens there already" in result.stderr
+    assert path.is_socket(), "a socket of another server stays"
+    result = fathom("serve", "--uds", str(path), "./no-such-folder")
+    assert "./no-such-folder: no such folder" in result.stderr
+    assert not path.exists(), "a server that does not start leaves no socket"
 
 
 @pytest.mark.parametrize(

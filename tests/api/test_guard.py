@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -9,9 +10,14 @@ from dataclasses import replace
 import httpx
 import openai
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from starlette.responses import PlainTextResponse
+from starlette.types import Message, Receive, Scope, Send
 
-from api.guard import MAX_BODY_BYTES, canonical_path
-from runtime import Tokenizer
+from api.guard import Guard, canonical_path, check_nesting
+from api.limits import Limits
+from runtime import BadRequest, Tokenizer
 from tests.api.scripted import ScriptedEngine, engine_of, post, scripted_state, serve
 
 HELLO = {"messages": [{"role": "user", "content": "hello"}]}
@@ -152,9 +158,9 @@ def test_content_types(base: str, engine: ScriptedEngine) -> None:
 
 def test_the_body_limit_at_the_limit_and_one_beyond(base: str, client: openai.OpenAI) -> None:
     empty = b'{"messages": [], "x": ""}'
-    padding = b"x" * (MAX_BODY_BYTES - len(empty))
+    padding = b"x" * (Limits().body - len(empty))
     fitting = empty.replace(b'""', b'"' + padding + b'"')
-    assert len(fitting) == MAX_BODY_BYTES
+    assert len(fitting) == Limits().body == 8 << 20
     assert error_of(post(base, fitting))["code"] == "empty_array"
     response = post(base, fitting + b" ")
     assert response.status_code == 413
@@ -236,11 +242,249 @@ def test_other_pages_may_not_use_an_open_server(
     assert engine.submitted == []
 
 
-def test_an_open_server_answers_to_its_own_names_only(base: str) -> None:
-    for host in ("evil.example", "127.0.0.1.evil.example", "[::1", ""):
-        response = httpx.get(f"{base}/models", headers={"host": host})
-        assert response.status_code in (400, 421), host
-    assert httpx.get(f"{base}/models", headers={"host": "localhost:99"}).status_code == 200
+NAMES = {
+    "localhost": 200,
+    "LOCALHOST:99": 200,
+    "localhost.": 200,
+    "127.0.0.1": 200,
+    "127.0.0.1:8000": 200,
+    "[::1]": 200,
+    "[0:0::1]:80": 421,
+    "host.docker.internal:8000": 200,
+    "evil.example": 421,
+    "127.0.0.1.evil.example": 421,
+    "localhost.evil.example": 421,
+    "evil.example:localhost": 421,
+    "localhost@evil.example": 421,
+    "localhost/?x=": 421,
+    "127.0.0.2": 421,
+    "127.1": 421,
+    "2130706433": 421,
+    "0.0.0.0": 421,
+    "::1": 421,
+    "[::1": 421,
+    "": 421,
+    "localhost:": 421,
+    "localhost:123456": 421,
+    "localhost, evil.example": 421,
+    "*": 421,
+    "ｌocalhost": 421,
+}
+
+
+@pytest.mark.parametrize("needs_key", [False, True])
+@pytest.mark.parametrize("host", NAMES)
+def test_a_server_answers_to_its_own_names_only(host: str, needs_key: bool) -> None:
+    response = call(needs_key=needs_key, headers={"host": host})
+    assert response.status_code == NAMES[host]
+    if response.status_code == 421:
+        error = error_of(response)
+        assert error["code"] == "unknown_host"
+        assert "--allowed-host NAME" in str(error["message"])
+
+
+def test_names_over_a_real_server(base: str) -> None:
+    for host, status in (("evil.example", 421), ("[::1", 421), ("localhost:99", 200)):
+        assert httpx.get(f"{base}/models", headers={"host": host}).status_code == status
+
+
+def test_allowed_hosts() -> None:
+    names = frozenset({"GPU-box", "gpu.lan", "[fd00::1]"})
+    for host in ("gpu-box", "gpu-box:8000", "GPU.lan.", "[fd00::1]:8000", "localhost"):
+        assert call(allowed_hosts=names, headers={"host": host}).status_code == 200
+    for host in ("gpu", "x.gpu.lan", "evil.example"):
+        assert call(allowed_hosts=names, headers={"host": host}).status_code == 421
+    for host in ("evil.example", "10.0.0.1"):
+        assert call(allowed_hosts=frozenset("*"), headers={"host": host}).status_code == 200
+    assert call(allowed_hosts=frozenset("*"), headers={"host": ""}).status_code == 421
+
+
+@pytest.mark.parametrize(
+    ("local", "host", "status"),
+    [
+        ("192.168.1.5", "192.168.1.5:8000", 200),
+        ("192.168.1.5", "192.168.1.6", 421),
+        ("::ffff:192.168.1.5", "192.168.1.5", 200),
+        ("fd00::5", "[fd00:0:0::5]:80", 200),
+        ("fe80::5%eth0", "[fe80::5]", 200),
+        ("/run/fathom.sock", "localhost", 200),
+        ("/run/fathom.sock", "/run/fathom.sock", 421),
+    ],
+)
+def test_the_address_that_was_connected_to_is_a_name(local: str, host: str, status: int) -> None:
+    assert call(server=(local, 8000), headers={"host": host}).status_code == status
+
+
+def test_exactly_one_host() -> None:
+    twice = [("host", "localhost"), ("host", "localhost")]
+    assert call(headers=twice).status_code == 400
+
+
+@pytest.mark.parametrize("needs_key", [False, True])
+def test_origins_of_desktop_clients_need_a_key(needs_key: bool) -> None:
+    for origin in ("null", "file://", "app://obsidian.md", "https://evil.example"):
+        response = call(needs_key=needs_key, headers={"host": "localhost", "origin": origin})
+        assert response.status_code == (200 if needs_key else 403)
+        allowed = response.headers.get("access-control-allow-origin")
+        assert allowed == (origin if needs_key else None)
+        assert "access-control-allow-credentials" not in response.headers
+
+
+def test_pages_of_the_server_itself() -> None:
+    hosts = frozenset({"gpu-box"})
+    for origin, status in (
+        ("http://gpu-box:8000", 200),
+        ("http://GPU-box:8000", 200),
+        ("http://gpu-box:9000", 403),
+        ("http://evil.example", 403),
+        ("gpu-box:8000", 403),
+    ):
+        headers = {"host": "gpu-box:8000", "origin": origin}
+        assert call(allowed_hosts=hosts, headers=headers).status_code == status
+
+
+class Panic(BaseException):
+    """As pyo3's PanicException: no Exception."""
+
+
+@pytest.mark.parametrize("error", [Panic("secret"), ValueError("secret"), MemoryError()])
+def test_faults_of_any_kind_are_one_failed_request(
+    error: BaseException, caplog: pytest.LogCaptureFixture
+) -> None:
+    response = call(error=error)
+    assert response.status_code == 500
+    assert error_of(response)["code"] == "internal_error"
+    assert "secret" not in response.text + caplog.text
+    assert type(error).__name__ in caplog.text
+
+
+@pytest.mark.parametrize(
+    "error", [asyncio.CancelledError(), KeyboardInterrupt(), SystemExit(1), GeneratorExit()]
+)
+def test_what_ends_a_task_or_the_process_passes(error: BaseException) -> None:
+    guard = guarded(error=error)
+    scope = {"type": "http", "method": "GET", "path": "/", "headers": [(b"host", b"localhost")]}
+
+    async def ignore(message: Message) -> None:
+        raise AssertionError(f"{message} was sent")
+
+    coroutine = guard(scope, None, ignore)  # type: ignore[arg-type]
+    with pytest.raises(type(error)):
+        coroutine.send(None)
+
+
+def guarded(
+    error: BaseException | None = None,
+    *,
+    needs_key: bool = False,
+    allowed_hosts: frozenset[str] = frozenset(),
+) -> Guard:
+    """The guard around an application that answers anything, or raises ``error``."""
+
+    async def application(scope: Scope, receive: Receive, send: Send) -> None:
+        if error is not None:
+            raise error
+        await PlainTextResponse("fine")(scope, receive, send)
+
+    return Guard(application, needs_key=needs_key, allowed_hosts=allowed_hosts)
+
+
+def call(
+    error: BaseException | None = None,
+    *,
+    headers: dict[str, str] | list[tuple[str, str]] | None = None,
+    server: tuple[str, int] = ("127.0.0.1", 8000),
+    needs_key: bool = False,
+    allowed_hosts: frozenset[str] = frozenset(),
+) -> httpx.Response:
+    """The answer of `guarded` to a GET with exactly these headers."""
+    guard = guarded(error, needs_key=needs_key, allowed_hosts=allowed_hosts)
+    if headers is None:
+        headers = {"host": "localhost"}
+    pairs = headers if isinstance(headers, list) else list(headers.items())
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    scope = {
+        "type": "http",
+        "method": "GET",
+        "path": "/",
+        "server": server,
+        "headers": [(name.encode(), value.encode()) for name, value in pairs],
+    }
+    asyncio.run(guard(scope, receive, send))
+    body = b"".join(message.get("body", b"") for message in sent)
+    return httpx.Response(sent[0]["status"], headers=sent[0]["headers"], content=body)
+
+
+def nested(depth: int, opening: str = "[", closing: str = "]") -> bytes:
+    """An object whose deepest value has ``depth`` arrays or objects around it."""
+    inside = opening * (depth - 1) + "1" + closing * (depth - 1)
+    return b'{"messages": ' + inside.encode() + b"}"
+
+
+@pytest.mark.parametrize(("opening", "closing"), [("[", "]"), ('{"a":', "}"), ('["]",', "]")])
+def test_json_depth_at_the_limit_and_one_beyond(base: str, opening: str, closing: str) -> None:
+    at_limit = post(base, nested(64, opening, closing))
+    assert error_of(at_limit)["code"] != "invalid_json"
+    beyond = post(base, nested(65, opening, closing))
+    assert beyond.status_code == 400
+    assert error_of(beyond)["code"] == "invalid_json"
+    assert "nested more than 64 deep" in str(error_of(beyond)["message"])
+
+
+def test_brackets_in_text_are_not_nested(base: str, engine: ScriptedEngine) -> None:
+    engine.say("ok")
+    for text in ("[" * 500, '"[' * 100 + "\\", '\\\\" [{' * 50, "\\"):
+        body = {"messages": [{"role": "user", "content": text}]}
+        assert post(base, body).status_code == 200
+
+
+def test_json_containers_at_the_limit_and_one_beyond() -> None:
+    limits = Limits()
+    fitting = b"[" + b'{"[": "["},' * (limits.json_containers - 1) + b"1]"
+    check_nesting(fitting, limits)
+    with pytest.raises(BadRequest, match="more than 50000 arrays and objects"):
+        check_nesting(fitting.replace(b"1]", b"[]]"), limits)
+
+
+def depth_by_hand(text: str) -> int:
+    depth = deepest = 0
+    in_string = escaped = False
+    for letter in text:
+        if in_string:
+            in_string = escaped or letter != '"'
+            escaped = letter == "\\" and not escaped
+        elif letter == '"':
+            in_string = True
+        elif letter in "[{":
+            depth += 1
+            deepest = max(deepest, depth)
+        elif letter in "]}":
+            depth -= 1
+    return deepest
+
+
+values = st.recursive(
+    st.text(alphabet='\\"[]{}a\n,'),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(alphabet='\\"[{a'), inner),
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(values)
+def test_nesting_is_counted_as_by_hand(value: object) -> None:
+    text = json.dumps(value)
+    depth = depth_by_hand(text)
+    check_nesting(text.encode(), Limits(json_depth=depth))
+    if depth:
+        with pytest.raises(BadRequest, match=f"nested more than {depth - 1} deep"):
+            check_nesting(text.encode(), Limits(json_depth=depth - 1))
 
 
 def test_listed_origins(tokenizer: Tokenizer) -> None:

@@ -14,7 +14,7 @@ import httpx
 import uvicorn
 
 from api.app import ServerState, create_app
-from api.serve import Server
+from api.server import Server
 from runtime import EngineClient, EngineConfig, GenerationDefaults, Tokenizer
 from tests.runtime.engines import QUESTIONS, TINY
 
@@ -28,7 +28,7 @@ def with_server(work: Callable[[httpx.AsyncClient, EngineClient], Awaitable[None
 
     async def run() -> None:
         engine = EngineClient(CONFIG)
-        info = await engine.start()
+        await engine.start()
         state = ServerState(
             engine=engine,
             tokenizer=Tokenizer.load(TINY),
@@ -37,16 +37,16 @@ def with_server(work: Callable[[httpx.AsyncClient, EngineClient], Awaitable[None
             keys=None,
             created=0,
             system_fingerprint="fp_test",
-            max_model_len=info.max_model_len,
         )
-        server = Server(uvicorn.Config(create_app(state), lifespan="off", log_config=None))
+        config = uvicorn.Config(create_app(state), lifespan="off", log_config=None)
+        server = Server(config, state.running, drain_seconds=10)
         with closing(socket.create_server(("127.0.0.1", 0))) as listener:
             serving = asyncio.create_task(server.serve(sockets=[listener]))
             base = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
             limits = httpx.Limits(max_connections=None)
             async with httpx.AsyncClient(base_url=base, timeout=120, limits=limits) as client:
                 await work(client, engine)
-            server.should_exit = True
+            server.stop()
             await serving
         await engine.stop()
 

@@ -51,7 +51,13 @@ def test_streaming_changes_nothing(client: openai.OpenAI, prompt: str) -> None:
                 text += choice.delta.content or ""
                 thought += getattr(choice.delta, "reasoning_content", None) or ""
     assert (text, thought) == (message.content, message.to_dict()["reasoning_content"])
-    assert usage == plain.usage
+    assert usage is not None and plain.usage is not None
+    for name in ("prompt_tokens", "completion_tokens", "total_tokens"):
+        assert getattr(usage, name) == getattr(plain.usage, name)
+    # The second answer may find the prompt's pages in the cache.
+    assert usage.prompt_tokens_details is not None and plain.usage.prompt_tokens_details is not None
+    cached = [u.prompt_tokens_details.cached_tokens for u in (plain.usage, usage)]
+    assert cached[0] <= cached[1] < plain.usage.prompt_tokens
 
 
 def test_the_stream_helper(client: openai.OpenAI) -> None:

@@ -1,0 +1,164 @@
+"""The requests that are being answered: who may join, and what ends one from outside.
+
+A request ends early for reasons that its own route cannot see: its key was revoked, it took longer
+than a request may, or the server stops.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import NoReturn, TypeVar
+
+from starlette.types import Scope
+
+from api.errors import HttpError
+from api.keys import KeyEntry, KeyStore
+from api.request_log import RequestRecord
+from runtime import RequestError
+
+MAX_ENCODING = 2
+"""Prompts encoded at once. A long one holds a core for seconds; the others keep theirs."""
+KEY_CHECK_SECONDS = 0.5
+
+T = TypeVar("T")
+
+logger = logging.getLogger("fathom.api")
+
+
+class RunningRequest:
+    """One request from its admission until `leave`. ``ended`` is set by whoever ends it early."""
+
+    def __init__(self, scope: Scope, seconds: float, leave: Callable[[], None]) -> None:
+        loop = asyncio.get_running_loop()
+        key: KeyEntry | None = scope.get("api_key")
+        self.id: str = scope["request_id"]
+        self.key_id = None if key is None else key.public_id
+        self.record: RequestRecord = scope["record"]
+        self.ended: asyncio.Future[RequestError] = loop.create_future()
+        self._abort: Callable[[], None] = lambda: None
+        self._leave = leave
+        self._timer = loop.call_later(seconds, self.end, took_too_long(seconds))
+
+    def submitted(self, abort: Callable[[], None], num_prompt_tokens: int) -> None:
+        """The engine has it now; ``abort`` frees what it holds there and never waits."""
+        self._abort = abort
+        self.record.submitted = time.monotonic()
+        self.record.num_prompt_tokens = num_prompt_tokens
+
+    def end(self, error: RequestError) -> None:
+        """Give the client this error in place of the rest of its answer. Idempotent."""
+        if not self.ended.done():
+            self.ended.set_result(error)
+            self._abort()  # its pages are free at once, even if its client reads nothing
+
+    def check(self) -> None:
+        """Raises the error that ended the request early, if any."""
+        if self.ended.done():
+            raise self.ended.result()
+
+    def leave(self) -> None:
+        """The request is over, however it ended. Idempotent."""
+        self._timer.cancel()
+        self._leave()
+
+
+class Running:
+    """All running requests, and the threads that encode their prompts."""
+
+    def __init__(self) -> None:
+        self.draining = False
+        self.num_encoding = 0  # choices of admitted requests that are not submitted yet
+        self._requests: set[RunningRequest] = set()
+        self._threads = ThreadPoolExecutor(MAX_ENCODING, thread_name_prefix="encode")
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def admit(self, scope: Scope, seconds: float) -> RunningRequest:
+        """Count the request of an ASGI scope from now on; it is ended after ``seconds``.
+
+        Raises `HttpError` 503 while the server drains.
+        """
+        if self.draining:
+            raise shutting_down()
+        request = RunningRequest(scope, seconds, lambda: self._requests.discard(request))
+        self._requests.add(request)
+        return request
+
+    async def encode(self, num_choices: int, work: Callable[[], T]) -> T:
+        """What ``work`` returns or raises, done in a thread when it is this request's turn."""
+
+        def attempt() -> Callable[[], T]:
+            try:
+                result = work()
+            except BaseException as error:  # some, as StopIteration, may not pass a future
+                return partial(_raise, error)
+            return lambda: result
+
+        self.num_encoding += num_choices
+        try:
+            outcome = await asyncio.get_running_loop().run_in_executor(self._threads, attempt)
+        finally:
+            self.num_encoding -= num_choices
+        return outcome()
+
+    def drain(self) -> None:
+        """Admit nobody from now on."""
+        self.draining = True
+
+    def end_all(self, error: RequestError) -> None:
+        for request in list(self._requests):
+            request.end(error)
+
+    async def watch_keys(self, keys: KeyStore, seconds: float = KEY_CHECK_SECONDS) -> None:
+        """End the requests of keys that were revoked or have expired, for ever.
+
+        While the store cannot be read, nobody new is let in, and who runs goes on.
+        """
+        readable = True
+        while True:
+            await asyncio.sleep(seconds)
+            try:
+                self._end_revoked(keys)
+                readable = True
+            except Exception as error:
+                if readable:
+                    logger.error("running requests go on unchecked: %s", type(error).__name__)
+                readable = False
+
+    def _end_revoked(self, keys: KeyStore) -> None:
+        key_ids = {request.key_id for request in self._requests if request.key_id is not None}
+        revoked = {key_id for key_id in key_ids if not keys.is_active(key_id)}
+        for request in list(self._requests):
+            if request.key_id in revoked:
+                request.end(key_revoked())
+
+
+def _raise(error: BaseException) -> NoReturn:
+    raise error
+
+
+def shutting_down() -> HttpError:
+    return HttpError(
+        503, "The server is shutting down.", code="server_draining", error_type="server_error"
+    )
+
+
+def took_too_long(seconds: float) -> HttpError:
+    return HttpError(
+        500,
+        f"The request took longer than the {seconds:g} seconds that this server gives one.",
+        code="time_limit_exceeded",
+        error_type="server_error",
+    )
+
+
+def key_revoked() -> HttpError:
+    return HttpError(
+        401, "The API key was revoked or has expired during this request.", code="key_revoked"
+    )
