@@ -11,12 +11,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from api.schemas import INT32_MAX, MAX_LOGIT_BIAS, ChatRequest
-from runtime import INT64_MAX, INT64_MIN
+from runtime import INT64_MAX, INT64_MIN, MAX_STOP_CHARS, MAX_STOP_STRINGS
 
 Schema = dict[str, Any]
 
-MAX_STOP_STRINGS = 16
-MAX_STOP_CHARS = 256
 JSON = "application/json"
 REFERENCE = "#/components/schemas/{model}"
 

@@ -29,6 +29,8 @@ from runtime.process import EngineClient
 from runtime.request import (
     INT64_MAX,
     INT64_MIN,
+    MAX_STOP_CHARS,
+    MAX_STOP_STRINGS,
     FinishReason,
     SamplingParams,
     TokenEvent,
@@ -42,6 +44,8 @@ from runtime.weights import Checkpoint, find_checkpoint, inspect_checkpoint, pul
 __all__ = [
     "INT64_MAX",
     "INT64_MIN",
+    "MAX_STOP_CHARS",
+    "MAX_STOP_STRINGS",
     "BadRequest",
     "ChatPrompt",
     "Checkpoint",
