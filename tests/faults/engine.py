@@ -1,0 +1,170 @@
+"""The engine with faults in it; `tests.faults.engine_program` is its process.
+
+A request brings its own fault along, by its seed; so a fault strikes when that request runs, and
+what it does to the others can be seen. The counts of the engine can be asked for over a Unix socket
+beside it, from outside and at any time.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from runtime import Engine, EngineConfig
+from runtime.engine_process import main
+from runtime.scheduler import Plan
+
+FAULT_AT = 3
+"""Tokens of its answer that a request gets before its fault strikes."""
+
+
+class Fault(enum.IntEnum):
+    """Seeds of requests that bring a fault along."""
+
+    ROW = 9001  # its own parameters cannot be taken over
+    NAN = 9002  # its logits are NaN
+    INF = 9003
+    MINUS_INF = 9004
+    ALL_NAN = 9005  # every row of the step is
+    STEP = 9006  # the step raises
+    OUT_OF_MEMORY = 9007
+    EXIT = 9008
+    SEGFAULT = 9009
+    HANG = 9010
+    SLOW = 9011  # one step takes two seconds
+    KILL_AT_START = 9012  # dies before its first token, each time
+    DIRTY_PAGES = 9013  # every page that nobody uses is filled with NaN
+    FREEZE = 9014  # stops itself, as a debugger would
+    GARBAGE = 9015  # writes nonsense to the server
+    HUGE_FRAME = 9016
+    TRUNCATED_FRAME = 9017
+
+
+class FaultyModel:
+    """Spoils the logits of chosen rows."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self.spoilt: dict[int, float] = {}  # row of the next step's logits -> value
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = self._model.logits(hidden)
+        for row, value in self.spoilt.items():
+            logits[row] = value
+        self.spoilt = {}
+        return logits
+
+
+class FaultyRunner:
+    """Lets the faults of a plan's requests strike before the plan is launched."""
+
+    def __init__(self, engine: Engine, sock: int) -> None:
+        self._engine = engine
+        self._sock = sock
+        self._runner: Any = engine.runner
+        self._model = self._runner.model = FaultyModel(self._runner.model)
+        self._struck: set[int] = set()
+        start = self._runner.sampler.start
+
+        def start_row(seq: Any) -> None:
+            if seq.params.seed == Fault.ROW:
+                raise RecursionError("a fault of this row")
+            start(seq)
+
+        self._runner.sampler.start = start_row
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._runner, name)
+
+    def launch(self, plan: Plan) -> Any:
+        sampling = [chunk.seq for chunk in plan.chunks if chunk.samples]
+        for chunk in plan.chunks:
+            seq = chunk.seq
+            if seq.params.seed == Fault.KILL_AT_START:
+                os._exit(1)
+            is_due = len(seq.output_ids) >= FAULT_AT and seq.seq_id not in self._struck
+            if is_due and seq.params.seed in set(Fault):
+                self._struck.add(seq.seq_id)
+                self._strike(Fault(seq.params.seed), sampling.index(seq), len(sampling))
+        return self._runner.launch(plan)
+
+    def _strike(self, fault: Fault, row: int, num_rows: int) -> None:
+        match fault:
+            case Fault.NAN | Fault.INF | Fault.MINUS_INF:
+                values = {Fault.NAN: "nan", Fault.INF: "inf", Fault.MINUS_INF: "-inf"}
+                self._model.spoilt = {row: float(values[fault])}
+            case Fault.ALL_NAN:
+                self._model.spoilt = dict.fromkeys(range(num_rows), float("nan"))
+            case Fault.STEP:
+                raise RuntimeError("CUDA error: device-side assert triggered")
+            case Fault.OUT_OF_MEMORY:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            case Fault.EXIT:
+                os._exit(3)
+            case Fault.SEGFAULT:
+                os.kill(os.getpid(), signal.SIGSEGV)
+            case Fault.HANG:
+                threading.Event().wait()
+            case Fault.SLOW:
+                time.sleep(2)
+            case Fault.FREEZE:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            case Fault.GARBAGE:
+                os.write(self._sock, b"\x00\x00\x00\x04{..}")
+            case Fault.HUGE_FRAME:
+                os.write(self._sock, b"\x40\x00\x00\x00")
+            case Fault.TRUNCATED_FRAME:
+                os.write(self._sock, b"\x00\x00\x00\x40{")
+                os._exit(0)
+            case Fault.DIRTY_PAGES:
+                pool = self._engine.scheduler.pool
+                for layer in self._runner.caches:
+                    for cache in layer.values():
+                        cache[pool._free] = torch.nan
+
+
+def answer(engine: Engine, path: Path) -> None:
+    """Tell whoever connects to the socket at ``path`` the engine's counts, one JSON each."""
+    path.unlink(missing_ok=True)
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(path))
+    listener.listen()
+
+    def serve() -> None:
+        while True:
+            connection, _ = listener.accept()
+            with connection:
+                connection.sendall(json.dumps(engine.stats()).encode())
+
+    threading.Thread(target=serve, daemon=True).start()
+
+
+def loader(path: Path, sock: int) -> Callable[[EngineConfig, Any], Engine]:
+    def load(config: EngineConfig, progress: Any) -> Engine:
+        engine = Engine.from_checkpoint(config, progress)
+        engine.runner = FaultyRunner(engine, sock)
+        answer(engine, path)
+        return engine
+
+    return load
+
+
+def run(arguments: list[str]) -> None:
+    """What `tests.faults.engine_program` does: ``--control SOCKET --fd N --parent PID``."""
+    flag, control, *rest = arguments
+    assert flag == "--control"
+    main(rest, loader(Path(control), int(rest[rest.index("--fd") + 1])))
