@@ -124,6 +124,10 @@ class PagePool:
                     del self._idle[page_id]
                     self._free.append(page_id)
 
+    def forget_prefixes(self, prefixes: Iterable[Prefix]) -> None:
+        """Unpublish the pages with these contents, whoever uses them now."""
+        self.forget([page_id for prefix in prefixes if (page_id := self.find(prefix)) is not None])
+
     def forget_all(self) -> None:
         """Unpublish every page."""
         self.forget(list(self._page_ids.values()))

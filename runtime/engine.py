@@ -199,21 +199,24 @@ class Engine:
         Empty if there is nothing to do or nothing to report yet. What it raises concerns every
         sequence that runs.
         """
-        events: list[TokenEvent] = []
+        failed: Seq[Sequence] = ()
         plan = self.scheduler.plan()
         if plan is not None:
             new = [seq for seq in plan.started if seq.num_preemptions == 0]
             if new and self.on_start is not None:
                 self.on_start(new)
             step = self.runner.launch(plan)
-            events += [self.scheduler.fail(seq) for seq in step.failed]
+            failed = step.failed
             self._in_flight.append((plan, step))
-            if len(self._in_flight) <= self.info.run_ahead:
-                return events
-        if self._in_flight:
-            plan, step = self._in_flight.popleft()
-            events += self.scheduler.commit(plan, step.tokens())
-        return events
+        if plan is not None and len(self._in_flight) <= self.info.run_ahead:
+            return [self.scheduler.fail(seq) for seq in failed]
+        if not self._in_flight:
+            return []
+        plan, step = self._in_flight.popleft()
+        tokens = step.tokens()
+        # Only now: if reading raised, whoever calls `fail_running` ends these too.
+        events = [self.scheduler.fail(seq) for seq in failed]
+        return events + self.scheduler.commit(plan, tokens)
 
     def fail_running(self) -> list[TokenEvent]:
         """End every sequence that runs or had a step under way, after one that raised."""

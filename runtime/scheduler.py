@@ -71,7 +71,8 @@ class Scheduler:
     in order too, so pages freed while a later step that still writes to them is under way may be
     given out again.
     A sequence that cannot get a page makes the latest arrival give its pages back and recompute
-    later, so the earliest always moves on. Callers admit only sequences that fit the whole pool.
+    later, so the earliest always moves on: at most one prompt is half read, and what it lacks comes
+    free with the decodes. Callers admit only sequences that fit the whole pool.
 
     With ``prefix_cache`` a sequence begins behind the pages that hold the start of its tokens
     already, up to its last token, which is always computed. Such pages are full and never written.
@@ -131,10 +132,6 @@ class Scheduler:
     def plan(self) -> Plan | None:
         """The next step, or None if nothing can run before a commit. Deterministic."""
         decodes, chunks = self._plan_running()
-        while not decodes and not chunks and self._is_stuck():
-            # Prompts hold every page and none can grow: the latest arrival makes room.
-            self._preempt(self.running[-1])
-            decodes, chunks = self._plan_running()
         budget = self.max_step_tokens - len(decodes) - sum(chunk.num_tokens for chunk in chunks)
         for chunk in self._plan_waiting(budget):
             (decodes if chunk.num_tokens == 1 else chunks).append(chunk)
@@ -159,7 +156,8 @@ class Scheduler:
             if seq.status is SequenceStatus.FINISHED:
                 continue
             if token is not None and token.token_id == NOT_A_TOKEN:
-                self.pool.forget(seq.block_table)
+                # not by its table, which is empty if it was preempted since
+                self.pool.forget_prefixes(seq.prefixes)
                 events.append(self.fail(seq, FinishReason.NOT_FINITE))
                 continue
             if chunk.end // self.page_size > seq.num_published:
@@ -274,10 +272,6 @@ class Scheduler:
     def _is_complete(self, seq: Sequence) -> bool:
         """Whether the tokens on their way are the last that the sequence may have."""
         return len(seq.output_ids) + seq.num_pending >= seq.max_new_tokens
-
-    def _is_stuck(self) -> bool:
-        """Whether no commit can help: something runs, and nothing is on its way."""
-        return bool(self.running) and not any(seq.num_pending for seq in self.running)
 
     # -- pages -----------------------------------------------------------------------------
 
