@@ -358,9 +358,9 @@ def sampling_params(request: ChatRequest, defaults: GenerationDefaults) -> Sampl
 
 
 def cache_namespace(request: ChatRequest, key_id: str | None) -> str:
-    """Whose prompts may share cached pages: those of one key, user and salt, unreadable in it."""
+    """Whose prompts may share cached pages: a digest of the key, the user and the salt."""
     parts = [key_id, request.cache_salt, request.user, request.user_id]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def _first(asked: float | None, default: float | None, neutral: float) -> float:

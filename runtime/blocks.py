@@ -28,7 +28,8 @@ class Prefix(NamedTuple):
 
 def root_key(model: str, namespace: str) -> bytes:
     """The key before the first page: pages are found only by the same model and namespace."""
-    return hashlib.sha256(f"{len(model)}:{model}{namespace}".encode()).digest()
+    text = f"{len(model)}:{model}{namespace}"
+    return hashlib.sha256(text.encode(errors="surrogatepass")).digest()
 
 
 def extend_key(parent: bytes, token_ids: Seq[int]) -> Prefix:

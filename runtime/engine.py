@@ -302,8 +302,11 @@ class Engine:
 
     @staticmethod
     def _extend(completion: Completion, assembler: TextAssembler, event: TokenEvent) -> bool:
-        """Add one event to an answer; True once the answer is complete."""
-        assert event.token_id is not None
+        """Add one event to an answer; True once the answer is complete, or broken off."""
+        if event.token_id is None:
+            assert event.finish_reason is not None
+            completion.finish_reason = event.finish_reason
+            return True
         completion.token_ids.append(event.token_id)
         if event.logprobs is not None:
             completion.logprobs.append(event.logprobs)

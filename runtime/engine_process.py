@@ -28,7 +28,8 @@ from runtime.request import FinishReason, Sequence, TokenEvent
 
 PROGRESS_SECONDS = 0.1
 BEAT_SECONDS = 1.0
-NOT_FINITE = FinishReason.NOT_FINITE
+MAX_SPOILT_STEPS = 3
+"""So many steps in succession without a finite row, and it is not the requests that are bad."""
 GONE = (BrokenPipeError, ConnectionResetError)
 """What a send raises once the server is gone."""
 
@@ -80,6 +81,7 @@ def serve_engine(sock: socket.socket, load: Loader = Engine.from_checkpoint) -> 
 
     engine.on_start = tell_started
     channel.send({"type": "ready", "info": engine.info.to_dict()})
+    num_spoilt = 0
     while True:
         # With work at hand the socket is only glanced at; without, it is waited for.
         while select.select([sock], [], [], 0 if engine.has_work else None)[0]:
@@ -89,8 +91,9 @@ def serve_engine(sock: socket.socket, load: Loader = Engine.from_checkpoint) -> 
             _apply(engine, channel, message)
         try:
             events = engine.step()
-            if len(events) > 1 and all(e.finish_reason is NOT_FINITE for e in events):
-                raise ArithmeticError("no row of a step was finite")  # so no row is to blame
+            num_spoilt = count_spoilt(events, num_spoilt)
+            if num_spoilt >= MAX_SPOILT_STEPS:
+                raise ArithmeticError(f"no row of {num_spoilt} steps was finite")
         except GONE:
             raise
         except (torch.OutOfMemoryError, MemoryError):
@@ -105,6 +108,13 @@ def serve_engine(sock: socket.socket, load: Loader = Engine.from_checkpoint) -> 
             return False
         channel.send_events(events)
         channel.beat()
+
+
+def count_spoilt(events: list[TokenEvent], num_before: int) -> int:
+    """Steps in succession that drew nothing finite; one that drew nothing at all does not count."""
+    if any(event.token_id is not None for event in events):
+        return 0
+    return num_before + any(event.finish_reason is FinishReason.NOT_FINITE for event in events)
 
 
 def _load(channel: Channel, first: wire.Message, load: Loader) -> Engine | None:

@@ -74,6 +74,7 @@ class EngineClient:
         self._restarts = Restarts(self.policy)
         self._watchdog: Watchdog | None = None
         self._clock = 0.0  # seconds in which this process ran
+        self._load_silence = 0.0  # of those, since the last message of an engine that loads
 
     # -- what it is doing ------------------------------------------------------------------
 
@@ -177,7 +178,8 @@ class EngineClient:
         """
         self.check_room()
         seq_id = next(self._seq_ids)
-        admit(seq_id, prompt_ids, params, self.info)  # refuse here what the engine would refuse
+        # refuse here what the engine would refuse
+        admit(seq_id, prompt_ids, params, self.info, namespace=namespace, priority=priority)
         message = {
             "type": "add",
             "seq_id": seq_id,
@@ -236,12 +238,14 @@ class EngineClient:
         """Raises `WireError` for a message that makes no sense."""
         if self._stopping is not None:
             return
+        self._load_silence = 0.0
         if self._watchdog is not None:
             self._watchdog.heard()
         match message.get("type"):
             case "events":
                 for event in wire.unpack_events(wire.field(message, "events", list)):
                     self._take(event)
+                self._pump()
             case "started":
                 for row in wire.unpack_started(wire.field(message, "sequences", list)):
                     self._submissions.start(*row)
@@ -253,9 +257,10 @@ class EngineClient:
             case "stats":
                 if not self._stats:
                     raise wire.WireError("it answers what nobody asked")
+                counts = wire.field(message, "stats", dict)
                 answer = self._stats.popleft()
                 if not answer.done():
-                    answer.set_result(wire.field(message, "stats", dict))
+                    answer.set_result(counts)
             case "progress":
                 done, total = (wire.field(message, name, int) for name in ("done", "total"))
                 self._phase = "loading weights" if done < total else "preparing to serve"
@@ -276,14 +281,13 @@ class EngineClient:
 
     def _take(self, event: TokenEvent) -> None:
         if event.token_id is not None:
-            self._submissions.start(event.seq_id, 0)
+            self._submissions.draw(event.seq_id)
         submission = self._submissions.in_engine(event.seq_id)
         if submission is None:
             return  # aborted while the event was on its way
         submission.generation.deliver(event)
         if event.finish_reason is not None:
             self._submissions.finish(event.seq_id, event.finish_reason)
-            self._pump()
 
     def _begin(self, info: EngineInfo) -> None:
         if self._ready:
@@ -306,14 +310,17 @@ class EngineClient:
         """Keep an engine process running; only the first one has to load."""
         while True:
             self._phase, self._percent, self._failure = "starting the engine process", None, None
+            self._link, self._load_silence = None, 0.0
             self._num_restarts += self._info is not None
             reason = ""
             try:
                 link = self._link = EngineLink(self._program, self._handle, self._pump)
                 await link.connect()
-            except OSError as error:
+            except Exception as error:  # whatever it is, the next try may do better
+                if self._link is not None:
+                    self._link.kill()
                 self._link = None
-                reason = f"it cannot be started: {error}"
+                reason = f"it cannot be started: {type(error).__name__}: {error}"
             else:
                 link.send({"type": "start", "config": self.config.to_dict()})
                 await link.ended
@@ -358,15 +365,31 @@ class EngineClient:
             seconds = min(now - last, 2 * self.policy.tick_seconds)
             last = now
             self._clock += seconds
-            self._expire()
+            self._submissions.now = self._clock
+            try:
+                self._expire()
+                self._watch(seconds)
+            except Exception:  # a lost second is better than a watch that has ended
+                logger.exception("the engine process could not be watched for a moment")
+
+    def _watch(self, seconds: float) -> None:
+        """Shoot an engine process that was silent for too long."""
+        link, watchdog = self._link, self._watchdog
+        if link is None or link.ended.done():
+            return
+        if watchdog is None:
+            self._load_silence += seconds
+            if self._load_silence <= self.policy.load_seconds or self._info is None:
+                return
+            reason = f"it was silent for {self._load_silence:.0f} s while it loaded"
+        else:
             has_work = self._submissions.engine_has_work or bool(self._stats)
-            watchdog = self._watchdog
-            if watchdog is not None and watchdog.tick(seconds, has_work=has_work):
-                assert self._link is not None
-                logger.error("the engine process hangs; its stacks follow, then it is replaced")
-                reason = f"it was silent for {watchdog.limit:.0f} s while it had work"
-                self._link.shoot(reason, self.policy.abort_seconds)
-                self._watchdog = None
+            if not watchdog.tick(seconds, has_work=has_work):
+                return
+            reason = f"it was silent for {watchdog.limit:.0f} s while it had work"
+        logger.error("the engine process hangs; its stacks follow, then it is replaced")
+        link.shoot(reason, self.policy.abort_seconds)
+        self._watchdog, self._load_silence = None, 0.0
 
     def _expire(self) -> None:
         limit = self.policy.queue_seconds

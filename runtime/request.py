@@ -138,7 +138,7 @@ class TokenLogprobs:
 class TokenEvent:
     """One step's outcome for one sequence.
 
-    ``token_id`` is None only in an event that ends a sequence without a new token (abort, error).
+    ``token_id`` is None only in an event that ends a sequence without a new token.
     An end-of-sequence or stop token is reported like any other, with ``finish_reason`` STOP.
     """
 

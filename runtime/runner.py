@@ -143,9 +143,7 @@ class ModelRunner:
         sampling = [chunk for chunk in plan.chunks if chunk.samples]
         rows = np.array([chunk.seq.row for chunk in sampling], np.int64)
         kind = self.sampler.kind_of(rows) if sampling else None
-        # a sequence that begins behind cached pages brings more than a graph has room for
-        is_usual = all(len(seq.block_table) == 1 for seq in plan.started)
-        key = self.graphs.key_of(plan, kind) if self.graphs and is_usual else None
+        key = self.graphs.key_of(plan, kind) if self.graphs else None
         arrays, shape = self._arrays(plan, sampling, key)
         fields = staging.inputs.pack(arrays)
         drawn: Sampled | None = None

@@ -17,8 +17,8 @@ from operator import attrgetter
 from runtime.blocks import PagePool, Prefix, extend_key, root_key
 from runtime.request import FinishReason, Sequence, SequenceStatus, TokenEvent, TokenLogprobs
 
-MAX_PREEMPTIONS = 3
-"""So often a sequence yields; then it waits until it fits whole, and nobody comes before it."""
+MAX_PREEMPTIONS = 8
+"""So often a sequence yields; then it waits until it fits whole, and no newcomer passes it."""
 NOT_A_TOKEN = -1
 """Drawn from logits that are not finite."""
 FIRST = -(1 << 31)
@@ -75,7 +75,7 @@ class Scheduler:
     free with the decodes. Callers admit only sequences that fit the whole pool.
 
     With ``prefix_cache`` a sequence begins behind the pages that hold the start of its tokens
-    already, up to its last token, which is always computed. Such pages are full and never written.
+    already; its last tokens are always computed. Such pages are full and never written.
     """
 
     def __init__(
@@ -101,7 +101,6 @@ class Scheduler:
         self._sequences: dict[int, Sequence] = {}
         self._arrivals = itertools.count()
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
-        self._started: list[Sequence] = []
 
     # -- in and out ------------------------------------------------------------------------
 
@@ -133,15 +132,15 @@ class Scheduler:
         """The next step, or None if nothing can run before a commit. Deterministic."""
         decodes, chunks = self._plan_running()
         budget = self.max_step_tokens - len(decodes) - sum(chunk.num_tokens for chunk in chunks)
-        for chunk in self._plan_waiting(budget):
+        started = self._plan_waiting(budget)
+        for chunk in started:
             (decodes if chunk.num_tokens == 1 else chunks).append(chunk)
         if not decodes and not chunks:
             return None
-        started, self._started = self._started, []
         return Plan(
             chunks=decodes + chunks,
             num_decodes=len(decodes),
-            started=[seq for seq in started if seq.status is SequenceStatus.RUNNING],
+            started=[chunk.seq for chunk in started],
         )
 
     def commit(self, plan: Plan, sampled: Seq[SampledToken]) -> list[TokenEvent]:
@@ -227,7 +226,7 @@ class Scheduler:
 
     def _plan_waiting(self, budget: int) -> list[Chunk]:
         chunks: list[Chunk] = []
-        while self.waiting and self._free_rows:
+        while self.waiting and self._free_rows and budget and self.pool.num_free:
             seq = self.waiting[0]
             if seq.num_pending:
                 break  # it was preempted, and a token of it is still being drawn
@@ -245,7 +244,6 @@ class Scheduler:
             seq.status = SequenceStatus.RUNNING
             seq.row = self._free_rows.pop()
             insort(self.running, seq, key=_order)
-            self._started.append(seq)
             num_tokens = self._grow(seq, num_tokens)
             chunks.append(self._chunk(seq, num_tokens))
             budget -= num_tokens
@@ -321,23 +319,26 @@ class Scheduler:
         """Whether a waiting sequence may begin behind the pages ``cached``.
 
         One page beyond its tokens keeps a newcomer from preempting itself at its first token. One
-        that was preempted too often needs all it may ever take, beside what others may still take.
+        that was preempted too often must also fit whole beside all those that do not yield either.
         """
         num_free = self.pool.num_free - self.pool.num_idle(cached)
+        if self._pages_for(seq.num_tokens + 1) - len(cached) > num_free:
+            return False
         if seq.num_preemptions < MAX_PREEMPTIONS:
-            return self._pages_for(seq.num_tokens + 1) - len(cached) <= num_free
-        num_wanted = self._pages_for(seq.max_num_tokens) - len(cached)
-        for other in self.running:
-            num_wanted += self._pages_for(other.max_num_tokens) - len(other.block_table)
-        return num_wanted <= num_free
+            return True
+        firm = [seq, *(one for one in self.running if one.num_preemptions >= MAX_PREEMPTIONS)]
+        return sum(self._pages_for(one.max_num_tokens) for one in firm) <= self.pool.num_pages
 
     # -- the prefix cache ------------------------------------------------------------------
 
     def _find_prefix(self, seq: Sequence) -> list[int]:
-        """The published pages that a sequence's tokens begin with, without its last token."""
+        """The published pages that a sequence's tokens begin with.
+
+        Its last two tokens are computed in any case: one alone would run as a decode (`_part`).
+        """
         page_ids: list[int] = []
         if self.prefix_cache:
-            for index in range((seq.num_tokens - 1) // self.page_size):
+            for index in range((seq.num_tokens - 2) // self.page_size):
                 page_id = self.pool.find(self._prefix(seq, index))
                 if page_id is None:
                     break

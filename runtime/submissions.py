@@ -10,6 +10,9 @@ from runtime.generation import Generation
 from runtime.quarantine import Quarantine, prompt_digest
 from runtime.request import FinishReason
 
+PROBATION_TOKENS = 4
+"""What kills an engine does so while it is read or soon after; a suspect is watched so long."""
+
 
 @dataclass(eq=False, slots=True)
 class Submission:
@@ -18,11 +21,16 @@ class Submission:
     generation: Generation
     message: wire.Message | None  # None once it started: it is not sent again
     queued_at: float  # seconds on the client's clock
+    num_tokens: int = 0  # of its answer, so far
     digest: bytes = b""  # of its prompt, once somebody needs it
 
     @property
     def seq_id(self) -> int:
         return self.generation.seq_id
+
+    @property
+    def has_started(self) -> bool:
+        return self.message is None
 
     def identify(self) -> bytes:
         """The digest of its prompt."""
@@ -36,8 +44,12 @@ class Submissions:
     """Each submission is in one place, in order of arrival: unsent → sent → running → gone.
 
     One that is aborted after it was sent is *leaving* until the engine has let go of it: so long it
-    may be what hangs or kills the engine. A suspect (`Quarantine`) is sent only while the engine
-    has no other.
+    may be what hangs or kills the engine.
+
+    After a death those who ran are suspects (`Quarantine`). Suspects are sent one at a time: each
+    is *watched* until it has drawn `PROBATION_TOKENS`; one that was there at several deaths is
+    watched to its end and has no other suspect beside it. A suspect that is alone when the engine
+    dies again is convicted; if there were several, all of them get another strike.
     """
 
     def __init__(self) -> None:
@@ -45,8 +57,9 @@ class Submissions:
         self._sent: dict[int, Submission] = {}
         self._running: dict[int, Submission] = {}
         self._leaving: dict[int, Submission] = {}
-        self._suspect: int | None = None  # the one under suspicion that the engine has
+        self._watched: Submission | None = None
         self._quarantine = Quarantine()
+        self.now = 0.0  # seconds, kept by the client
 
     @property
     def num_waiting(self) -> int:
@@ -68,11 +81,14 @@ class Submissions:
 
     def send_next(self) -> wire.Message | None:
         """The message that the engine gets next, now counted as sent; None if all have to wait."""
+        may_send_suspects = self._watched is None
         for seq_id, submission in self._unsent.items():
-            if self._quarantine and self._quarantine.is_suspect(submission.identify()):
-                if self._suspect is not None:
+            if self._quarantine and self._quarantine.is_suspect(submission.identify(), self.now):
+                if self._is_grave(submission) and self._suspects_inside():
+                    may_send_suspects = False  # it waits for them, and they may not overtake it
+                if not may_send_suspects:
                     continue
-                self._suspect = seq_id
+                self._watched = submission
             self._sent[seq_id] = self._unsent.pop(seq_id)
             return submission.message
         return None
@@ -84,10 +100,20 @@ class Submissions:
             self._running[seq_id] = submission
         else:
             submission = self._leaving.get(seq_id)
-        if submission is not None and submission.message is not None:
+        if submission is not None and not submission.has_started:
             submission.identify()
             submission.message = None
             submission.generation.num_cached_tokens = num_cached
+
+    def draw(self, seq_id: int) -> None:
+        """The engine drew a token of its answer."""
+        self.start(seq_id, 0)
+        submission = self._running.get(seq_id)
+        if submission is not None:
+            submission.num_tokens += 1
+            is_through = submission.num_tokens >= PROBATION_TOKENS
+            if submission is self._watched and is_through and not self._is_grave(submission):
+                self._watched = None
 
     def in_engine(self, seq_id: int) -> Submission | None:
         return self._running.get(seq_id) or self._sent.get(seq_id)
@@ -96,9 +122,7 @@ class Submissions:
         """The engine ended it; a good end clears its prompt of suspicion."""
         submission = self._running.pop(seq_id, None) or self._sent.pop(seq_id, None)
         assert submission is not None
-        if reason in (FinishReason.STOP, FinishReason.LENGTH):
-            self._quarantine.acquit(submission.digest)
-        self._release(seq_id)
+        self._release(submission, is_good=reason in (FinishReason.STOP, FinishReason.LENGTH))
 
     def remove(self, seq_id: int) -> tuple[Submission | None, bool]:
         """Take it back: (None if it has ended, whether the engine has to be told)."""
@@ -111,9 +135,10 @@ class Submissions:
         return submission, submission is not None
 
     def left(self, seq_id: int) -> None:
-        """The engine has let go of one that was aborted."""
-        self._leaving.pop(seq_id, None)
-        self._release(seq_id)
+        """The engine has let go of one that was aborted, as are those that end on a stop string."""
+        submission = self._leaving.pop(seq_id, None)
+        if submission is not None:
+            self._release(submission, is_good=submission.num_tokens >= PROBATION_TOKENS)
 
     def all_ids(self) -> list[int]:
         return [*self._running, *self._sent, *self._unsent]
@@ -125,13 +150,18 @@ class Submissions:
 
     def bury(self) -> int:
         """The engine died: fail what it ran, keep what waited; how many generations ended."""
-        blamed = [*self._running.values(), *self._leaving.values()]
-        self._quarantine.strike(one.digest for one in blamed if one.message is None)
+        inside = [*self._running.values(), *self._leaving.values()]
+        blamed = {submission.digest for submission in inside if submission.has_started}
+        suspects = {digest for digest in blamed if self._quarantine.is_suspect(digest, self.now)}
+        if len(suspects) == 1:
+            self._quarantine.convict(suspects.pop(), self.now)
+        else:
+            self._quarantine.strike(blamed, self.now)
         lost = list(self._running.values())
         waiting = sorted([*self._sent.items(), *self._unsent.items()])
         self._running, self._leaving, self._sent = {}, {}, {}
         self._unsent = {seq_id: one for seq_id, one in waiting if not self._is_quarantined(one)}
-        self._suspect = None
+        self._watched = None
         for submission in lost:
             submission.generation.fail(
                 quarantined()
@@ -143,17 +173,27 @@ class Submissions:
             submission.generation.fail(quarantined())
         return len(lost) + len(convicted)
 
+    def _suspects_inside(self) -> bool:
+        inside = [*self._sent.values(), *self._running.values(), *self._leaving.values()]
+        return any(self._quarantine.is_suspect(one.identify(), self.now) for one in inside)
+
+    def _is_grave(self, submission: Submission) -> bool:
+        return self._quarantine.is_grave(submission.identify(), self.now)
+
     def _is_quarantined(self, submission: Submission) -> bool:
         # hashing a long prompt takes a millisecond, and nearly always nothing is under suspicion
-        return bool(self._quarantine) and self._quarantine.is_quarantined(submission.identify())
+        quarantine = self._quarantine
+        return bool(quarantine) and quarantine.is_quarantined(submission.identify(), self.now)
 
-    def _release(self, seq_id: int) -> None:
-        if seq_id == self._suspect:
-            self._suspect = None
+    def _release(self, submission: Submission, *, is_good: bool) -> None:
+        if is_good:
+            self._quarantine.acquit(submission.digest)
+        if submission is self._watched:
+            self._watched = None
 
 
 def quarantined() -> Quarantined:
     return Quarantined(
-        "This prompt was being answered both times when the engine failed, so it is not accepted "
-        "any more. Do not send it again."
+        "This prompt was being answered when the engine failed, more than once, so it is not "
+        "accepted any more. Do not send it again."
     )

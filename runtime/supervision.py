@@ -26,6 +26,7 @@ class SupervisorPolicy:
     max_waiting: int = 256  # sequences that may wait beyond those that run
     queue_seconds: float = 120.0  # a sequence that has not started by then is given up
     watchdog_seconds: float = 60.0  # of silence while there is work
+    load_seconds: float = 600.0  # of silence while a replacement loads
     abort_seconds: float = 1.0  # for a hung engine to print its stacks before it is killed
     tick_seconds: float = 1.0
     calm_seconds: float = 60.0  # an engine that worked this long is replaced at once

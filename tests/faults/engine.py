@@ -36,7 +36,7 @@ class Fault(enum.IntEnum):
     NAN = 9002  # its logits are NaN
     INF = 9003
     MINUS_INF = 9004
-    ALL_NAN = 9005  # every row of the step is
+    ALL_NAN = 9005  # from now on every row of every step is
     STEP = 9006  # the step raises
     OUT_OF_MEMORY = 9007
     EXIT = 9008
@@ -57,6 +57,7 @@ class FaultyModel:
     def __init__(self, model: Any) -> None:
         self._model = model
         self.spoilt: dict[int, float] = {}  # row of the next step's logits -> value
+        self.is_broken = False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
@@ -66,7 +67,7 @@ class FaultyModel:
         for row, value in self.spoilt.items():
             logits[row] = value
         self.spoilt = {}
-        return logits
+        return logits.fill_(torch.nan) if self.is_broken else logits
 
 
 class FaultyRunner:
@@ -99,16 +100,16 @@ class FaultyRunner:
             is_due = len(seq.output_ids) >= FAULT_AT and seq.seq_id not in self._struck
             if is_due and seq.params.seed in set(Fault):
                 self._struck.add(seq.seq_id)
-                self._strike(Fault(seq.params.seed), sampling.index(seq), len(sampling))
+                self._strike(Fault(seq.params.seed), sampling.index(seq))
         return self._runner.launch(plan)
 
-    def _strike(self, fault: Fault, row: int, num_rows: int) -> None:
+    def _strike(self, fault: Fault, row: int) -> None:
         match fault:
             case Fault.NAN | Fault.INF | Fault.MINUS_INF:
                 values = {Fault.NAN: "nan", Fault.INF: "inf", Fault.MINUS_INF: "-inf"}
                 self._model.spoilt = {row: float(values[fault])}
             case Fault.ALL_NAN:
-                self._model.spoilt = dict.fromkeys(range(num_rows), float("nan"))
+                self._model.is_broken = True
             case Fault.STEP:
                 raise RuntimeError("CUDA error: device-side assert triggered")
             case Fault.OUT_OF_MEMORY:

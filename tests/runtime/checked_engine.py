@@ -16,7 +16,7 @@ from runtime.scheduler import MAX_PREEMPTIONS, Plan
 from tests.runtime.canary import EOS, CanaryRunner, StepFault, StepFaults, solo
 from tests.runtime.invariants import Invariants
 
-MOST_PREEMPTIONS = 3
+MOST_PREEMPTIONS = 8
 
 
 class Broken(Exception):

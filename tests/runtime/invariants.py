@@ -97,7 +97,7 @@ class Invariants:
     def check_hit(self, seq: Sequence, start: int) -> None:
         """That a sequence which begins at ``start`` could not begin later. For its launch."""
         runner, end = self.runner, start + self.runner.page_size
-        if end >= seq.num_prompt + len(seq.output_ids):
+        if end > seq.num_prompt + len(seq.output_ids) - 2:
             return
         num_pages = start // runner.page_size
         before = tuple(runner.digests[page_id] for page_id in seq.block_table[:num_pages])

@@ -176,7 +176,7 @@ MUTANTS = [
     Mutant(
         "a hit covers the last token",
         "scheduler",
-        "range((seq.num_tokens - 1) // self.page_size)",
+        "range((seq.num_tokens - 2) // self.page_size)",
         "range(seq.num_tokens // self.page_size)",
     ),
     Mutant(
@@ -283,8 +283,8 @@ MUTANTS = [
     Mutant(
         "a row is not cleared for who comes back",
         "scheduler",
-        "            self._started.append(seq)\n",
-        "            seq.num_preemptions or self._started.append(seq)\n",
+        "started=[chunk.seq for chunk in started],",
+        "started=[chunk.seq for chunk in started if not chunk.seq.num_preemptions],",
     ),
     Mutant(
         "a row is not given back",
@@ -352,8 +352,8 @@ MUTANTS = [
     Mutant(
         "who was preempted too often comes back too early",
         "scheduler",
-        "if seq.num_preemptions < MAX_PREEMPTIONS:",
-        "if seq.num_preemptions < 1000:",
+        "firm = [seq, *(one for one in self.running if one.num_preemptions >= MAX_PREEMPTIONS)]",
+        "firm = [seq]",
     ),
 ]
 

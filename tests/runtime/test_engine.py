@@ -419,6 +419,37 @@ def test_a_sequence_whose_parameters_cannot_be_taken_over_ends_alone(
     assert "of this row" in capsys.readouterr().err
 
 
+def test_a_completion_whose_row_is_not_finite_breaks_off_alone(
+    tiny: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = [chat_ids(tiny, question) for question in ("hello", "who are you?", "thanks")]
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    expected = [completion.token_ids for completion in tiny.generate(prompts, params)]
+    model = tiny.runner.model  # type: ignore[attr-defined]
+    logits, steps = model.logits, []
+
+    def spoilt(hidden: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = logits(hidden)
+        steps.append(len(result))
+        if len(steps) == 3:
+            result[1, 7] = torch.nan
+        return result
+
+    monkeypatch.setattr(model, "logits", spoilt)
+    completions = tiny.generate(prompts, params)
+    assert [completion.finish_reason for completion in completions] == [
+        FinishReason.LENGTH,
+        FinishReason.NOT_FINITE,
+        FinishReason.LENGTH,
+    ]
+    assert [completion.token_ids for completion in completions] == [
+        expected[0],
+        expected[1][:2],
+        expected[2],
+    ]
+    assert_idle(tiny)
+
+
 def test_refusals_leave_nothing_behind(tiny: Engine) -> None:
     with pytest.raises(ContextLengthExceeded):
         tiny.add([5] * 1024, SamplingParams())

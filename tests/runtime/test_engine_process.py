@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from runtime import Engine, SamplingParams, wire
-from runtime.engine_process import serve_engine
+from runtime import Engine, FinishReason, SamplingParams, TokenEvent, wire
+from runtime.engine_process import MAX_SPOILT_STEPS, count_spoilt, serve_engine
 from tests.runtime import faulty_engine
 from tests.runtime.engines import TINY, make_engine
 from tests.runtime.faulty_engine import Fault, with_faults
@@ -166,3 +166,15 @@ def test_the_end_of_the_socket_ends_the_engine_at_work_or_not(data: bytes) -> No
             engine.socket.sendall(data)
             engine.socket.close()
             assert engine.end() is True or isinstance(engine.result, OSError)
+
+
+def test_steps_without_a_finite_row_add_up_until_one_has_some() -> None:
+    good = [TokenEvent(0, 5), TokenEvent(1, None, FinishReason.NOT_FINITE)]
+    bad = [TokenEvent(2, None, FinishReason.NOT_FINITE)]
+    count = 0
+    counts = []
+    for events in (bad, bad, [], good, bad, [], bad, bad):
+        count = count_spoilt(events, count)
+        counts.append(count)
+    assert counts == [1, 2, 2, 0, 1, 1, 2, 3]
+    assert counts[-1] == MAX_SPOILT_STEPS

@@ -144,7 +144,7 @@ def test_a_prompt_seen_before_gives_the_same_tokens_and_is_not_computed_again(
     watched = Watched(page_size=page_size, run_ahead=run_ahead)
     plain, none = Watched(page_size=page_size, prefix_cache=False).run(prompt)
     assert none == 0
-    full = (len(prompt) - 1) // page_size * page_size
+    full = (len(prompt) - 2) // page_size * page_size
     for expected in (0, full, full):
         assert watched.run(prompt) == (plain, expected)
     longer = prompt + plain[:9] + [7, 8, 9]  # a chat goes on: the answer is in the cache too
@@ -158,11 +158,12 @@ def test_a_prompt_seen_before_gives_the_same_tokens_and_is_not_computed_again(
     )
 
 
-def test_the_last_token_is_always_computed(prompt: list[int]) -> None:
+def test_the_last_two_tokens_are_always_computed(prompt: list[int]) -> None:
     watched = Watched(page_size=4)
     expected, _ = watched.run(prompt[:32])
     assert watched.run(prompt[:32]) == (expected, 28)
-    assert watched.run(prompt[:33])[1] == 32
+    assert watched.run(prompt[:33])[1] == 28
+    assert watched.run(prompt[:34])[1] == 32
 
 
 def test_namespaces_share_nothing(prompt: list[int]) -> None:

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,6 +31,7 @@ from runtime import (
     TokenEvent,
 )
 from runtime.engine_config import EngineInfo
+from runtime.link import EngineLink
 from runtime.supervision import Restarts, Watchdog
 from tests.runtime.scripted_engine import INFO, PROGRAM, Do
 
@@ -366,6 +368,59 @@ def test_a_hung_engine_shows_its_stacks_and_is_replaced(
     assert "Fatal Python error: Aborted" in printed
     assert "scripted_engine.py" in printed
     assert "in add" in printed
+
+
+def test_a_replacement_that_hangs_while_it_loads_is_replaced(tmp_path: Path) -> None:
+    async def work(client: EngineClient) -> None:
+        with pytest.raises(EngineDead):
+            await read(ask(client, Do.DIE))
+        assert await read(ask(client, Do.ANSWER)) == [7, 8]
+        assert "while it loaded" in client.status.reason
+
+    play(Script(tmp_path, "ok", "load:60", "ok"), work, replace(QUICK, load_seconds=0.5))
+
+
+def test_a_start_that_fails_in_an_unforeseen_way_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures = [MemoryError("no room"), RuntimeError("out of the blue")]
+
+    class Link(EngineLink):
+        def __init__(self, *arguments: Any) -> None:
+            if failures and script.pids():
+                raise failures.pop()
+            super().__init__(*arguments)
+
+    script = Script(tmp_path)
+    monkeypatch.setattr("runtime.process.EngineLink", Link)
+
+    async def work(client: EngineClient) -> None:
+        with pytest.raises(EngineDead):
+            await read(ask(client, Do.DIE))
+        assert await read(ask(client, Do.ANSWER)) == [7, 8]
+        assert not failures
+
+    play(script, work)
+
+
+def test_the_watch_goes_on_after_a_fault_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tick, faults = Watchdog.tick, [ValueError("of a moment")] * 3
+
+    def faulty(self: Watchdog, seconds: float, *, has_work: bool) -> bool:
+        if faults:
+            raise faults.pop()
+        return tick(self, seconds, has_work=has_work)
+
+    monkeypatch.setattr(Watchdog, "tick", faulty)
+
+    async def work(client: EngineClient) -> None:
+        with pytest.raises(EngineDead):
+            await read(ask(client, Do.HANG))
+        assert not faults
+
+    play(Script(tmp_path), work, HASTY)
 
 
 def test_a_stopped_engine_is_replaced(tmp_path: Path) -> None:
