@@ -85,8 +85,8 @@ BatchInvariant = Annotated[
     bool,
     typer.Option(
         "--batch-invariant",
-        help="On a GPU, keep every bit of an answer from depending on how many requests run beside "
-        "it; slower.",
+        help="On a GPU, and in bfloat16 or float16 on a CPU, keep every bit of an answer from "
+        "depending on how many requests run beside it; slower.",
     ),
 ]
 CudaGraphs = Annotated[

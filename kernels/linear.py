@@ -9,7 +9,8 @@ products always take the same tile of our own.
 On a CPU the products are torch's (MKL and oneDNN). There the number of rows decides which matrix
 kernel runs, and a row's last bits with it. MKL, which does fp32, is therefore put into the mode
 where it does not, and rows are padded where that helps, so that a token's result does not depend
-on its neighbours.
+on its neighbours. oneDNN, which does bf16 and fp16, has no such mode: batch-invariant products are
+made in blocks of one fixed number of rows, so that the same kernel runs in steps of any size.
 Graph-safe: shapes are host-known, nothing is read back.
 """
 
@@ -30,13 +31,18 @@ from kernels.dispatch import use_triton
 # of rows and threads (measured with AVX2 and AVX-512; without it, up to 16 rows differ from more).
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
-# rows in multiples of this give a row the same bits in any batch (measured)
+# Rows in multiples of this give a row the same bits in any batch (measured): in fp32 of any size,
+# in the others mostly of up to 32 rows.
 _ROW_GROUPS = {torch.float32: 4, torch.float16: 2, torch.bfloat16: 2}
+_HALVES = (torch.float16, torch.bfloat16)
+# Of batch-invariant products in bf16 and fp16; a row has the same bits at any place of a block
+# (measured). Smaller blocks would make decodes a little faster and prompts much slower.
+_BLOCK_ROWS = 32
 
 
-def row_group(dtype: torch.dtype) -> int:
+def row_group(dtype: torch.dtype, batch_invariant: bool = False) -> int:
     """How many rows a CPU matrix product should have a multiple of, for bits that never vary."""
-    return _ROW_GROUPS.get(dtype, 1)
+    return _BLOCK_ROWS if batch_invariant and dtype in _HALVES else _ROW_GROUPS.get(dtype, 1)
 
 
 def linear(
@@ -56,13 +62,15 @@ def linear(
         bias: [out_features], dtype of ``weight``, or None.
         out_dtype: that of ``x`` or fp32; None for that of ``weight``. On a GPU fp32 is the sum as
             it is; the torch body rounds it to the dtype of ``weight`` first.
-        batch_invariant: on a GPU, always multiply by the same tile.
+        batch_invariant: on a GPU, always multiply by the same tile; on a CPU, in bf16 and fp16,
+            always in blocks of 32 rows, which takes 2 to 3 times as long for many rows.
 
     Returns:
         [num_tokens, out_features] in ``out_dtype``, rounded after the bias is added. On a CPU a row
-        has the same bits in any batch, for a fixed number of threads; in bf16 in any of up to 32
-        rows, since chips with AMX are given faster kernels for more. On a GPU it has them in any
-        batch if ``batch_invariant``, else only where the table of launches takes the same body.
+        has the same bits in any batch, for a fixed number of threads: in fp32 always, in bf16 and
+        fp16 if ``batch_invariant``; else those mostly have them in any batch of up to 32 rows. On a
+        GPU it has them in any batch if ``batch_invariant``, else only where the table of launches
+        takes the same body.
 
     Raises:
         ValueError: the dtypes are none of those.
@@ -75,7 +83,7 @@ def linear(
             x, weight, bias, out_dtype, gated=False, batch_invariant=batch_invariant
         )
         return _many_rows(x, weight, bias, out_dtype) if out is None else out
-    return _padded(x.to(weight.dtype), weight, bias).to(out_dtype)
+    return torch_linear(x.to(weight.dtype), weight, bias, batch_invariant).to(out_dtype)
 
 
 def linear_silu_and_mul(
@@ -113,7 +121,7 @@ def heads_linear(x: Tensor, weight: Tensor, *, batch_invariant: bool = False) ->
     Args:
         x: [num_tokens, num_heads, in_features], any float dtype; in_features contiguous.
         weight: [num_heads, out_features, in_features], dtype of ``x``, of any strides.
-        batch_invariant: on a GPU, always multiply by the same tile.
+        batch_invariant: as in `linear`.
 
     Returns:
         [num_tokens, num_heads, out_features], contiguous, in the dtype of ``x``. Promises about
@@ -128,8 +136,35 @@ def heads_linear(x: Tensor, weight: Tensor, *, batch_invariant: bool = False) ->
         if out is not None:
             return out
         return torch.bmm(x.transpose(0, 1), weight.mT).transpose(0, 1).contiguous()
-    by_head = pad_rows(x.transpose(0, 1), in_features * out_features)
-    return torch.bmm(by_head, weight.mT)[:, :num_tokens].transpose(0, 1).contiguous()
+    by_head = x.transpose(0, 1)  # [num_heads, num_tokens, in_features]
+    if batch_invariant and x.dtype in _HALVES:
+        out = torch.cat([torch.bmm(block, weight.mT) for block in _blocks(by_head)], dim=1)
+    else:
+        out = torch.bmm(pad_rows(by_head, in_features * out_features), weight.mT)
+    return out[:, :num_tokens].transpose(0, 1).contiguous()
+
+
+def torch_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, batch_invariant: bool = False
+) -> Tensor:
+    """The torch body of `linear`, with its promises; ``x`` has the dtype of ``weight``."""
+    num_tokens = x.shape[0]
+    if batch_invariant and x.dtype in _HALVES:
+        blocks = [functional.linear(block, weight, bias) for block in _blocks(x)]
+        return (blocks[0] if len(blocks) == 1 else torch.cat(blocks))[:num_tokens]
+    num_padding = -num_tokens % row_group(x.dtype)
+    if num_padding == 0:
+        return functional.linear(x, weight, bias)
+    padded = functional.pad(x, (0, 0, 0, num_padding))
+    return functional.linear(padded, weight, bias)[:num_tokens]
+
+
+def _blocks(x: Tensor) -> list[Tensor]:
+    """Rows of [..., num_rows, in_features] in contiguous blocks of one size, the last padded."""
+    missing = -x.shape[-2] % _BLOCK_ROWS
+    padded = functional.pad(x, (0, 0, 0, missing)) if missing else x
+    starts = range(0, padded.shape[-2], _BLOCK_ROWS)
+    return [padded[..., start : start + _BLOCK_ROWS, :].contiguous() for start in starts]
 
 
 def _result_dtype(x: Tensor, weight: Tensor, out_dtype: torch.dtype | None) -> torch.dtype:
@@ -148,12 +183,3 @@ def _many_rows(x: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.
         return functional.linear(x.float(), weight.float(), None if bias is None else bias.float())
     out = torch.mm(x, weight.mT, out_dtype=out_dtype)
     return out if bias is None else out.add_(bias)
-
-
-def _padded(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    num_tokens = x.shape[0]
-    num_padding = -num_tokens % row_group(x.dtype)
-    if num_padding == 0:
-        return functional.linear(x, weight, bias)
-    padded = functional.pad(x, (0, 0, 0, num_padding))
-    return functional.linear(padded, weight, bias)[:num_tokens]

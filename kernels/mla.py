@@ -63,13 +63,13 @@ def mla_attention(
         kv_b_weight: [num_heads, nope + v, rank], dtype of ``q_nope``.
         batch: where the tokens sit.
         scale: multiplies the scores; with YaRN it holds the square of ``yarn_mscale``.
-        batch_invariant: on a GPU, keep a row's bits from following the number of rows in products
-            with ``kv_b_weight`` too, as they do not anywhere else.
+        batch_invariant: on a GPU, and in bf16 and fp16 on a CPU, keep a row's bits from following
+            the number of rows in products with ``kv_b_weight`` too, as they do not anywhere else.
 
     Returns:
         [num_tokens, num_heads, v], dtype of ``q_nope``. A row's bits do not depend on the other
-        sequences, on a GPU if ``batch_invariant``; in the torch body nor on how the sequence was
-        cut into chunks.
+        sequences, on a GPU and below fp32 on a CPU if ``batch_invariant``; in the torch body nor on
+        how the sequence was cut into chunks.
     """
     num_tokens, num_heads, nope = q_nope.shape
     rank = kv_b_weight.shape[2]
@@ -77,9 +77,10 @@ def mla_attention(
         return q_nope.new_empty((0, num_heads, kv_b_weight.shape[1] - nope))
     if use_triton(q_nope):
         return _launch(q_nope, q_pe, latent_cache, kv_b_weight, batch, scale, batch_invariant)
-    q = torch.cat((absorb(q_nope, kv_b_weight), q_pe), dim=-1).float() * scale
+    q_latent = absorb(q_nope, kv_b_weight, batch_invariant)
+    q = torch.cat((q_latent, q_pe), dim=-1).float() * scale
     attended = _attend_all(q, latent_cache, rank, batch)
-    return expand_values(attended.to(q_nope.dtype), kv_b_weight[:, nope:])
+    return expand_values(attended.to(q_nope.dtype), kv_b_weight[:, nope:], batch_invariant)
 
 
 def sparse_mla_attention(
@@ -114,7 +115,8 @@ def sparse_mla_attention(
         return _launch_sparse(
             q_nope, q_pe, latent_cache, kv_b_weight, batch, scale, selected, batch_invariant
         )
-    q = torch.cat((absorb(q_nope, kv_b_weight), q_pe), dim=-1).float() * scale
+    q_latent = absorb(q_nope, kv_b_weight, batch_invariant)
+    q = torch.cat((q_latent, q_pe), dim=-1).float() * scale
     attended = q.new_empty((num_tokens, num_heads, rank))
     is_dense = batch.positions < top_k
     if bool(is_dense.any()):
@@ -132,7 +134,7 @@ def sparse_mla_attention(
         latents = gather_heads(pages, slots, range(1))  # [num_rows, 1, top_k, rank + rope]
         lens = torch.full((len(rows),), top_k)
         attended[rows] = attend_decodes(q[rows], latents, latents[..., :rank], lens)
-    return expand_values(attended.to(q_nope.dtype), kv_b_weight[:, nope:])
+    return expand_values(attended.to(q_nope.dtype), kv_b_weight[:, nope:], batch_invariant)
 
 
 def _attend_all(q: Tensor, latent_cache: Tensor, rank: int, batch: PagedBatch) -> Tensor:

@@ -27,7 +27,7 @@ from torch.nn import functional
 from kernels import moe_route_triton, moe_triton
 from kernels.activation import silu_and_mul
 from kernels.dispatch import use_triton
-from kernels.linear import row_group
+from kernels.linear import row_group, torch_linear
 from kernels.quant import (
     MAX_DECODED_BYTES,
     Fp8Weight,
@@ -161,11 +161,11 @@ def moe_experts(
         shared: [num_tokens, hidden_size], dtype of ``x``, or None: what the shared experts gave,
             added to the sum once it is rounded.
         batch_invariant: on a GPU, launch as for one token whatever the number of tokens; several
-            times slower for prompts.
+            times slower for prompts. On a CPU as in `linear`.
 
     Returns:
-        [num_tokens, hidden_size] in the dtype of ``x``. On a CPU a row has the same bits in any
-        batch, for a fixed number of threads. On a GPU it has the same bits in any batch if
+        [num_tokens, hidden_size] in the dtype of ``x``. On a CPU promises about batches are those
+        of `linear`; W8A8 is multiplied in fp32. On a GPU a row has the same bits in any batch if
         ``batch_invariant``; else in all whose number of tokens chooses the same row of
         ``[[grouped_linear]]`` or ``[[grouped_fp8_linear]]`` in ``configs.toml``: by default in any
         of up to 64 tokens.
@@ -176,7 +176,7 @@ def moe_experts(
         return moe_triton.moe_experts(
             x, expert_ids, expert_weights, gate_up, down, shared, batch_invariant=batch_invariant
         )
-    routed = _moe_experts_torch(x, expert_ids, expert_weights, gate_up, down)
+    routed = _moe_experts_torch(x, expert_ids, expert_weights, gate_up, down, batch_invariant)
     return routed if shared is None else routed + shared
 
 
@@ -186,11 +186,14 @@ def _moe_experts_torch(
     expert_weights: Tensor,
     gate_up: Tensor | Fp8Weight,
     down: Tensor | Fp8Weight,
+    batch_invariant: bool,
 ) -> Tensor:
     num_tokens, top_k = expert_ids.shape
-    group = max(row_group(x.dtype), row_group(_product_dtype(x.dtype, gate_up, down)))
+    dtypes = (x.dtype, _product_dtype(x.dtype, gate_up, down))
+    group = max(row_group(dtype, batch_invariant) for dtype in dtypes)
     if num_tokens == 1 and isinstance(gate_up, Tensor) and isinstance(down, Tensor):
-        outputs = _one_token_outputs(x, expert_ids[0].tolist(), gate_up, down, group)
+        rows = x.expand(group, -1)
+        outputs = _one_token_outputs(rows, expert_ids[0].tolist(), gate_up, down, batch_invariant)
         return (outputs * expert_weights.view(top_k, 1)).sum(dim=0, keepdim=True).to(x.dtype)
     slot_experts = expert_ids.flatten().numpy()
     order = np.argsort(slot_experts, kind="stable")
@@ -207,8 +210,9 @@ def _moe_experts_torch(
     slot_rows[order] = sorted_rows
 
     rows = _rounded(x, gate_up)[torch.from_numpy(row_tokens)]  # [num_padded_rows, hidden]
-    hidden = silu_and_mul(_grouped_linear(rows, gate_up, hit, ends).to(x.dtype))
-    outputs = _grouped_linear(_rounded(hidden, down), down, hit, ends).to(x.dtype)
+    gated = _grouped_linear(rows, gate_up, hit, ends, batch_invariant).to(x.dtype)
+    hidden = _rounded(silu_and_mul(gated), down)
+    outputs = _grouped_linear(hidden, down, hit, ends, batch_invariant).to(x.dtype)
     outputs = outputs[torch.from_numpy(slot_rows)].view(num_tokens, top_k, -1)
     return (outputs * expert_weights.unsqueeze(-1)).sum(dim=1).to(x.dtype)
 
@@ -227,23 +231,31 @@ def _rounded(x: Tensor, weight: Tensor | Fp8Weight) -> Tensor:
 
 
 def _one_token_outputs(
-    x: Tensor, expert_ids: list[int], gate_up: Tensor, down: Tensor, group: int
+    rows: Tensor, expert_ids: list[int], gate_up: Tensor, down: Tensor, batch_invariant: bool
 ) -> Tensor:
-    """Each chosen expert's output for a single token, which needs no sorting: [k, hidden]."""
-    rows = x.expand(group, -1)
+    """Each chosen expert's output for a single token, which needs no sorting: [k, hidden].
+
+    ``rows`` [group, hidden] repeats the token's input.
+    """
     outputs = []
     for expert_id in expert_ids:
-        hidden = silu_and_mul(functional.linear(rows, gate_up[expert_id]))
-        outputs.append(functional.linear(hidden, down[expert_id])[0])
+        gated = torch_linear(rows, gate_up[expert_id], batch_invariant=batch_invariant)
+        hidden = silu_and_mul(gated)
+        output = torch_linear(hidden, down[expert_id], batch_invariant=batch_invariant)
+        outputs.append(output[0])
     return torch.stack(outputs)
 
 
 def _grouped_linear(
-    rows: Tensor, weight: Tensor | Fp8Weight, hit: np.ndarray, ends: np.ndarray
+    rows: Tensor,
+    weight: Tensor | Fp8Weight,
+    hit: np.ndarray,
+    ends: np.ndarray,
+    batch_invariant: bool,
 ) -> Tensor:
     """Multiply rows [ends[i-1], ends[i]) by the transposed matrix of expert ``hit[i]``."""
     if isinstance(weight, Tensor):
-        return _grouped_product(rows, weight, hit, ends)
+        return _grouped_product(rows, weight, hit, ends, batch_invariant)
     _, out_features, in_features = weight.values.shape
     # decoding goes through fp32; an expert beyond the limit is cut at the same places every time
     features_at_once = max(MAX_DECODED_BYTES // (4 * in_features), 1)
@@ -262,17 +274,24 @@ def _grouped_linear(
             )
             decoded = dequantize_weight(part, rows.dtype)
             out[start:end, features] = _grouped_product(
-                rows[start:end], decoded, np.arange(expert_ids.numel()), ends[few] - start
+                rows[start:end],
+                decoded,
+                np.arange(expert_ids.numel()),
+                ends[few] - start,
+                batch_invariant,
             )
     return out
 
 
-def _grouped_product(rows: Tensor, weights: Tensor, hit: np.ndarray, ends: np.ndarray) -> Tensor:
+def _grouped_product(
+    rows: Tensor, weights: Tensor, hit: np.ndarray, ends: np.ndarray, batch_invariant: bool
+) -> Tensor:
     """The same for decoded ``weights``; both ways give a row the same bits."""
     num_experts, _, in_features = weights.shape
     # grouped_mm refuses rows that do not start on 16 bytes and visits every expert, hit or not
     aligned = in_features * rows.element_size() % 16 == 0
-    if aligned and 2 * hit.size >= num_experts:
+    in_blocks = row_group(rows.dtype, batch_invariant) != row_group(rows.dtype)
+    if aligned and not in_blocks and 2 * hit.size >= num_experts:
         all_counts = np.zeros(num_experts, dtype=np.int32)
         all_counts[hit] = np.diff(ends, prepend=0)
         offsets = torch.from_numpy(np.cumsum(all_counts, dtype=np.int32))
@@ -280,7 +299,7 @@ def _grouped_product(rows: Tensor, weights: Tensor, hit: np.ndarray, ends: np.nd
     starts = [0, *ends.tolist()]
     return torch.cat(
         [
-            functional.linear(rows[start:end], weights[expert_id])
+            torch_linear(rows[start:end], weights[expert_id], batch_invariant=batch_invariant)
             for expert_id, (start, end) in zip(hit.tolist(), pairwise(starts), strict=True)
         ]
     )

@@ -142,13 +142,13 @@ def fp8_linear(
         weight: one matrix.
         bias: [out_features], dtype of ``x``, or None.
         batch_invariant: on a GPU, launch as for one row whatever the number of rows; several times
-            slower for prompts.
+            slower for prompts. On a CPU as in `linear`.
 
     Returns:
         [num_tokens, out_features] in the dtype of ``x``, rounded after the bias is added. On a CPU
-        a row has the same bits in any batch, for a fixed number of threads. On a GPU it has the
-        same bits in any batch if ``batch_invariant``; else in all whose number of rows chooses the
-        same row of ``[[fp8_linear]]`` in ``configs.toml``: by default in any of up to 64 rows.
+        promises about batches are those of `linear`; W8A8 is multiplied in fp32. On a GPU a row has
+        the same bits in any batch if ``batch_invariant``; else in all whose number of rows chooses
+        the same row of ``[[fp8_linear]]`` in ``configs.toml``: by default in any of up to 64 rows.
     """
     num_tokens, in_features = x.shape
     out_features = weight.values.shape[0]
@@ -165,7 +165,8 @@ def fp8_linear(
         few = slice(first, first + at_once)
         part = Fp8Weight(weight.values[few], weight.scale_inv, weight.scale_rows[few])
         part_bias = None if bias is None else bias[few].to(rows.dtype)
-        out[:, few] = linear(rows, dequantize_weight(part, rows.dtype), part_bias)
+        decoded = dequantize_weight(part, rows.dtype)
+        out[:, few] = linear(rows, decoded, part_bias, batch_invariant=batch_invariant)
     return out
 
 

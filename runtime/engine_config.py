@@ -45,7 +45,7 @@ class EngineConfig:
     kv_cache_memory: int | None = None  # bytes
     prefix_cache: bool = True  # keep full pages, for prompts that begin as an earlier one did
     cuda_graphs: str = "lazy"  # of decode steps: lazy: when first needed | start | off
-    batch_invariant: bool = False  # on a GPU: no token's bits follow the size of its batch
+    batch_invariant: bool = False  # no token's bits follow its batch: on GPUs, in bf16 on CPUs
     run_ahead: int | None = None  # steps launched before the oldest is read; None: 1 on a GPU
     num_threads: int | None = None  # CPU threads of the engine process
 

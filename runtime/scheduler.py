@@ -96,6 +96,7 @@ class Scheduler:
         self.eos_token_ids = frozenset(eos_token_ids)
         self.model = model
         self.prefix_cache = prefix_cache
+        self.max_preemptions = MAX_PREEMPTIONS
         self.waiting: list[Sequence] = []  # by priority, then by arrival
         self.running: list[Sequence] = []  # likewise
         self._sequences: dict[int, Sequence] = {}
@@ -303,7 +304,7 @@ class Scheduler:
         seq.status = SequenceStatus.WAITING
         seq.num_computed = 0
         seq.num_preemptions += 1
-        if seq.num_preemptions == MAX_PREEMPTIONS:
+        if seq.num_preemptions == self.max_preemptions:
             seq.order = (FIRST, seq.order[1])
         insort(self.waiting, seq, key=_order)
 
@@ -324,9 +325,9 @@ class Scheduler:
         num_free = self.pool.num_free - self.pool.num_idle(cached)
         if self._pages_for(seq.num_tokens + 1) - len(cached) > num_free:
             return False
-        if seq.num_preemptions < MAX_PREEMPTIONS:
+        if seq.num_preemptions < self.max_preemptions:
             return True
-        firm = [seq, *(one for one in self.running if one.num_preemptions >= MAX_PREEMPTIONS)]
+        firm = [seq, *(one for one in self.running if one.num_preemptions >= self.max_preemptions)]
         return sum(self._pages_for(one.max_num_tokens) for one in firm) <= self.pool.num_pages
 
     # -- the prefix cache ------------------------------------------------------------------

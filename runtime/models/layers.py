@@ -44,7 +44,7 @@ class Placement:
     """Where parameters live, in which dtype, and how products with them are to be computed.
 
     With ``fp8`` matrices are kept in FP8 instead. With ``batch_invariant`` a token's bits do not
-    follow the number of tokens in a step; on a CPU they never do.
+    follow the number of tokens in a step; in fp32 on a CPU they never do.
     """
 
     device: torch.device

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,6 +11,9 @@ from torch import Tensor
 from kernels.activation import silu_and_mul
 from kernels.attention import pad_rows
 from kernels.linear import heads_linear, linear, linear_silu_and_mul
+from kernels.moe import moe_experts
+from kernels.quant import fp8_linear
+from tests.kernels.fp8_oracle import make_weight
 from tests.kernels.passes import (
     DEVICES,
     DTYPES,
@@ -180,6 +185,63 @@ def test_a_row_has_the_same_bits_in_any_batch(
     for num_tokens in (1, 2, 3, 4, 5, 6, 7, 9, 11, 16, 25):
         assert torch.equal(linear(x[:num_tokens], weight, bias), whole[:num_tokens])
     assert torch.equal(linear(x[-1:], weight, bias), whole[-1:])
+
+
+MOST_ROWS = 200
+Op = Callable[[Tensor], Tensor]
+
+
+def invariant_ops(dtype: torch.dtype) -> dict[str, Op]:
+    """Every product of a model with its batch-invariant mode on, as a function of its rows.
+
+    1024 input features, since oneDNN sums few of them in one order for any number of rows; and
+    matrices of a few numbers, which torch multiplies without oneDNN.
+    """
+    weight, narrow = (draw(*shape, seed=1).to(dtype) for shape in ((96, 1024), (8, 64)))
+    heads = draw(2, 128, 512, seed=1).to(dtype)
+    other_heads = heads.mT.contiguous().mT
+    gate_up, down = draw(4, 96, 1024, seed=1).to(dtype), draw(4, 1024, 48, seed=2).to(dtype)
+    few_chosen, many_chosen = (draw(MOST_ROWS, 4, seed=3), draw(MOST_ROWS, 4, seed=4))
+    few_chosen[:, 2:] = float("-inf")
+    fp8 = {name: make_weight([96], 1024, name)[0] for name in (None, "float32")}
+
+    def experts(x: Tensor, preferences: Tensor, top_k: int) -> Tensor:
+        weights, ids = preferences[: len(x)].topk(top_k)
+        return moe_experts(x, ids, weights, gate_up, down, batch_invariant=True)
+
+    return {
+        "linear": lambda x: linear(x, weight, batch_invariant=True),
+        "linear-bias": lambda x: linear(x, weight, weight[:, 0], batch_invariant=True),
+        "linear-narrow": lambda x: linear(x[:, :64], narrow, batch_invariant=True),
+        "linear-fp32-weight": lambda x: linear(x, weight.float(), batch_invariant=True),
+        "logits": lambda x: linear(x, weight, out_dtype=torch.float32, batch_invariant=True),
+        "linear_silu_and_mul": lambda x: linear_silu_and_mul(x, weight, batch_invariant=True),
+        "heads_linear": lambda x: heads_linear(x.view(-1, 2, 512), heads, batch_invariant=True),
+        "heads_linear-in-first": lambda x: heads_linear(
+            x.view(-1, 2, 512), other_heads, batch_invariant=True
+        ),
+        "experts-of-many": lambda x: experts(x, many_chosen, 2),
+        "experts-of-few": lambda x: experts(x, few_chosen, 1),
+        "fp8_linear": lambda x: fp8_linear(x, fp8[None], batch_invariant=True),
+        "fp8_linear-w8a8": lambda x: fp8_linear(x, fp8["float32"], batch_invariant=True),
+    }
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the torch bodies are meant")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", invariant_ops(torch.bfloat16))
+def test_a_batch_invariant_row_has_the_same_bits_in_steps_of_1_to_200_rows(
+    name: str, dtype: torch.dtype
+) -> None:
+    """The last rows too: there a row stands at every place of a block."""
+    op = invariant_ops(dtype)[name]
+    x = (draw(MOST_ROWS, 1024) * 1024**-0.5).to(dtype)
+    whole = op(x)
+    for num_rows in range(1, MOST_ROWS):
+        assert torch.equal(op(x[:num_rows]), whole[:num_rows]), num_rows
+    if not name.startswith("experts"):  # which go by the row's number
+        for num_rows in range(1, MOST_ROWS, 7):
+            assert torch.equal(op(x[-num_rows:]), whole[-num_rows:]), num_rows
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -12,11 +12,9 @@ from runtime.blocks import PagePool
 from runtime.engine import Engine, make_scheduler
 from runtime.engine_config import EngineInfo
 from runtime.request import FinishReason, SamplingParams, Sequence, SequenceStatus, TokenEvent
-from runtime.scheduler import MAX_PREEMPTIONS, Plan
+from runtime.scheduler import Plan
 from tests.runtime.canary import EOS, CanaryRunner, StepFault, StepFaults, solo
 from tests.runtime.invariants import Invariants
-
-MOST_PREEMPTIONS = 8
 
 
 class Broken(Exception):
@@ -33,6 +31,7 @@ class Sizes:
     max_step_tokens: int
     run_ahead: int
     vocab_size: int
+    max_preemptions: int = 8
 
     @property
     def capacity(self) -> int:
@@ -133,7 +132,7 @@ class CheckedEngine:
     def preempt(self, index: int) -> None:
         """Take the pages of one that runs, as if another needed them, if it may still yield."""
         running = self.scheduler.running
-        if running and running[index % len(running)].num_preemptions < MAX_PREEMPTIONS:
+        if running and running[index % len(running)].num_preemptions < (self.sizes.max_preemptions):
             self.note(f"preempt {running[index % len(running)].seq_id}")
             self.scheduler._preempt(running[index % len(running)])
 
@@ -253,7 +252,7 @@ class CheckedEngine:
         if num_preemptions:
             self.counts[f"preempted {num_preemptions} times"] += 1
             self.counts["preemptions"] += num_preemptions
-        if num_preemptions > MOST_PREEMPTIONS:
+        if num_preemptions > self.sizes.max_preemptions:
             raise Broken(f"sequence {seq_id} was preempted {num_preemptions} times")
         if seq.output_ids != request.oracle[: request.num_tokens]:
             raise Broken(f"sequence {seq_id} has {seq.output_ids}, told were {request.num_tokens}")
@@ -314,6 +313,7 @@ class CheckedEngine:
             run_ahead=sizes.run_ahead,
         )
         scheduler = self.scheduler = make_scheduler(info)
+        scheduler.max_preemptions = self.sizes.max_preemptions
         pool = scheduler.pool = self.make_pool()
         self.runner = CanaryRunner(
             num_pages=sizes.num_pages,

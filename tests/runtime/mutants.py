@@ -346,14 +346,14 @@ MUTANTS = [
     Mutant(
         "a sequence may be preempted without end",
         "scheduler",
-        "if seq.num_preemptions == MAX_PREEMPTIONS:",
+        "if seq.num_preemptions == self.max_preemptions:",
         "if seq.num_preemptions == 1000:",
     ),
     Mutant(
         "who was preempted too often comes back too early",
         "scheduler",
-        "firm = [seq, *(one for one in self.running if one.num_preemptions >= MAX_PREEMPTIONS)]",
-        "firm = [seq]",
+        "return sum(self._pages_for(one.max_num_tokens) for one in firm) <= self.pool.num_pages",
+        "return True",
     ),
 ]
 

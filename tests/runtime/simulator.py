@@ -59,6 +59,7 @@ class Profile:
             max_step_tokens=rng.choice([1, 3, 8, 16, 32, 64]),
             run_ahead=rng.choice([0, 0, 1, 1, 2]),
             vocab_size=rng.choice([5, 17, 40]),
+            max_preemptions=rng.choice([1, 2, 8]),
         )
         longest = min(sizes.capacity - 1, rng.choice([6, 24, 60]))
         profile = cls(
