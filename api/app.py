@@ -43,7 +43,7 @@ def create_app(state: ServerState) -> Starlette:
                 allowed_hosts=state.allowed_hosts,
                 limits=state.limits,
             ),
-            Middleware(Auth, keys=state.keys),
+            Middleware(Auth, keys=state.keys, failures_per_minute=state.limits.failed_keys),
         ],
         exception_handlers={HTTPException: on_http_exception},
     )

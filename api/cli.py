@@ -244,8 +244,9 @@ def serve(
         num_threads=threads,
     )
     names = served_model_name or _default_names(model)
-    if not all(names):
-        raise ConfigError("--served-model-name must not be empty")
+    for name in names:
+        if not name or not name.isprintable():
+            raise ConfigError(f"--served-model-name {name!r} is empty or not printable")
     options = ServeOptions(
         host,
         port,

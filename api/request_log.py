@@ -13,6 +13,9 @@ from dataclasses import dataclass, field
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 UNLOGGED_PATHS = frozenset({"/health", "/ready"})
+UNLOGGED_OUTCOMES = frozenset({"too_many_failed_keys"})
+"""A flood of wrong keys would be one of lines too; those within the limit are logged."""
+MAX_PATH_CHARS = 256
 OK = "ok"
 CLIENT_GONE = "client_gone"
 
@@ -54,7 +57,7 @@ class RequestLog:
             await self.app(scope, receive, send)
             return
         record = scope["record"] = RequestRecord()
-        path = scope["path"]  # as it was sent; the guard shortens it
+        path = scope["path"][:MAX_PATH_CHARS]  # as it was sent; the guard rewrites it
         status: int | None = None
         complete = False
 
@@ -71,9 +74,9 @@ class RequestLog:
         try:
             await self.app(scope, receive, send_watched)
         finally:
-            if scope["path"] not in UNLOGGED_PATHS:
+            outcome = record.outcome or (OK if complete else CLIENT_GONE)
+            if scope["path"] not in UNLOGGED_PATHS and outcome not in UNLOGGED_OUTCOMES:
                 entry = scope.get("api_key")
-                outcome = record.outcome or (OK if complete else CLIENT_GONE)
                 fields = {
                     "id": scope.get("request_id"),
                     "key": None if entry is None else entry.public_id,

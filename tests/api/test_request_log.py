@@ -17,6 +17,7 @@ import httpx
 import pytest
 
 from api.keys import KeyStore
+from api.limits import Limits
 from api.output import JsonFormatter, LogHandler, Output, TextFormatter
 from runtime import FinishReason, Tokenizer
 from tests.api.scripted import ScriptedEngine, engine_of, post, scripted_state, serve, wait_until
@@ -50,6 +51,18 @@ def lines() -> Iterator[Lines]:
     logger.setLevel(logging.INFO)
     yield handler
     logger.removeHandler(handler)
+
+
+def test_a_flood_is_not_one_of_lines(tokenizer: Tokenizer, lines: Lines, tmp_path: Path) -> None:
+    store = KeyStore.open(tmp_path / "home" / "keys.db")
+    limits = Limits(failed_keys=2)
+    state = replace(scripted_state(tokenizer), keys=store, limits=limits)
+    with serve(state) as base:
+        statuses = [httpx.get(f"{base}/{'x' * 2000}").status_code for _ in range(20)]
+        logged = lines.fields(statuses.count(401))
+    store.close()
+    assert 2 <= statuses.count(401) < 10 < statuses.count(429)
+    assert {len(line["path"]) for line in logged} == {256}
 
 
 def test_one_line_per_request_with_its_counts_times_and_outcome(
