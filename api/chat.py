@@ -6,15 +6,16 @@ cannot drift apart.
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import AsyncGenerator, AsyncIterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Iterator
 from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.types import Message
 
 from api.answer import Answer, Choice, Chunk
@@ -36,7 +37,7 @@ from api.sse import DONE, KEEP_ALIVE, EventStream, frame, while_connected
 from api.state import ServerState
 from runtime import (
     INT64_MAX,
-    ContextLengthExceeded,
+    BadRequest,
     RequestError,
     SamplingParams,
     TextAssembler,
@@ -45,6 +46,14 @@ from runtime import (
 MAX_UNKNOWN_FIELDS = 256
 
 logger = logging.getLogger("fathom.api")
+
+
+class Admitted(NamedTuple):
+    """What is left of a request once its choices are queued: nothing of its messages."""
+
+    answer: Answer
+    stream: bool
+    include_usage: bool
 
 
 async def chat_completions(request: Request) -> Response:
@@ -63,23 +72,25 @@ async def chat_completions(request: Request) -> Response:
     running = state.running.admit(request.scope, state.limits.request_seconds)
     try:
         preparing = prepare(state, body, running)
-        chat, answer = await while_connected(request.receive, preparing)
+        del body  # the answer may take long, and needs none of it
+        admitted = await while_connected(request.receive, preparing)
+        request.scope["held_body"].release()
     except BaseException:
         running.leave()
         raise
-    if chat.stream:
-        chunks = answer.chunks(include_usage=chat.include_usage)
+    answer = admitted.answer
+    if admitted.stream:
+        chunks = answer.chunks(include_usage=admitted.include_usage)
         return EventStream(events(chunks, running), answer.close)
     try:
         folding = fold(answer.chunks(include_usage=True), running)
-        return JSONResponse(await while_connected(request.receive, folding))
+        data = await while_connected(request.receive, folding)
+        return Response(data, media_type="application/json")
     finally:
         answer.close()
 
 
-async def prepare(
-    state: ServerState, body: dict[str, Any], running: RunningRequest
-) -> tuple[ChatRequest, Answer]:
+async def prepare(state: ServerState, body: dict[str, Any], running: RunningRequest) -> Admitted:
     """Check a request, encode its prompt and queue its choices.
 
     Raises `RequestError` for what is wrong with it and if there is no room for it.
@@ -90,7 +101,7 @@ async def prepare(
         model = state.check_model(chat.model)
         params = sampling_params(chat, state.defaults)
         messages = template_messages(chat)
-        refuse_hopeless(state, messages)
+        check_choices(state, chat)
         state.engine.check_room(chat.num_choices + state.running.num_encoding)
         # A long prompt takes seconds, in which other streams must go on.
         encode = partial(
@@ -98,8 +109,11 @@ async def prepare(
             messages,
             thinking=thinking_wanted(chat),
             variables=template_variables(chat),
+            max_model_len=state.max_model_len,
         )
-        prompt = await state.running.encode(chat.num_choices, encode)
+        prompt = await state.running.encode(
+            running.key_id, chat.num_choices, state.limits.queue_seconds, encode
+        )
         running.check()
         answer = Answer(
             model=model,
@@ -112,18 +126,20 @@ async def prepare(
             ),
         )
         running.submitted(answer.abort, len(prompt.token_ids))
-        return chat, answer
+        return Admitted(answer, bool(chat.stream), chat.include_usage)
 
 
-def refuse_hopeless(state: ServerState, messages: Sequence[dict[str, Any]]) -> None:
-    """Raises `ContextLengthExceeded` for text that cannot fit however it is encoded.
-
-    An assistant's text does not count: its thoughts may be dropped from the prompt.
-    """
-    texts = (message["content"] for message in messages if message["role"] != "assistant")
-    num_tokens = sum(state.tokenizer.fewest_tokens(text) for text in texts if text)
-    if num_tokens >= state.max_model_len:
-        raise ContextLengthExceeded(num_tokens, state.max_model_len)
+def check_choices(state: ServerState, chat: ChatRequest) -> None:
+    """Raises `BadRequest` for more choices than there is ever room for: waiting cannot help."""
+    max_num_seqs = state.engine.info.max_num_seqs
+    most = max_num_seqs + state.limits.queue
+    if chat.num_choices > most:
+        raise BadRequest(
+            f"n is {chat.num_choices}, but this server has room for {most} choices: "
+            f"{max_num_seqs} that run and {state.limits.queue} that wait. Ask for fewer.",
+            param="n",
+            code="invalid_value",
+        )
 
 
 def submit(
@@ -173,11 +189,41 @@ async def events(
         yield frame(answer)
 
 
-async def fold(chunks: AsyncGenerator[Chunk | None], running: RunningRequest) -> dict[str, Any]:
-    """The one answer that the chunks of a stream add up to."""
+async def fold(chunks: AsyncGenerator[Chunk | None], running: RunningRequest) -> bytes:
+    """The JSON of the one answer that the chunks of a stream add up to."""
     with contained(running.id):
         async with aclosing(chunks):
-            return await _fold(chunks)
+            return "".join(json_pieces(await _fold(chunks))).encode()
+
+
+class Json(str):
+    """Text that is JSON already."""
+
+
+def to_json(value: Any) -> Json:
+    return Json(json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")))
+
+
+def json_pieces(value: Any) -> Iterator[str]:
+    """The JSON of ``value``, in which a `Json` stands for itself."""
+    if isinstance(value, Json):
+        yield value
+    elif value and isinstance(value, dict):
+        opening = "{"
+        for name, item in value.items():
+            yield f"{opening}{to_json(name)}:"
+            yield from json_pieces(item)
+            opening = ","
+        yield "}"
+    elif value and isinstance(value, list):
+        opening = "["
+        for item in value:
+            yield opening
+            yield from json_pieces(item)
+            opening = ","
+        yield "]"
+    else:
+        yield to_json(value)
 
 
 async def _fold(chunks: AsyncIterable[Chunk | None]) -> dict[str, Any]:
@@ -197,7 +243,10 @@ async def _fold(chunks: AsyncIterable[Chunk | None]) -> dict[str, Any]:
             for name, entries in part.get("logprobs", {}).items():
                 choice["logprobs"] = choice["logprobs"] or {"content": None, "refusal": None}
                 if entries is not None:
-                    choice["logprobs"][name] = (choice["logprobs"].get(name) or []) + entries
+                    choice["logprobs"][name] = choice["logprobs"].get(name) or []
+                    # A long answer has millions of numbers: as text they cost no time at its end
+                    # and none whenever Python looks for garbage.
+                    choice["logprobs"][name] += map(to_json, entries)
             choice["finish_reason"] = part["finish_reason"]
     for choice in choices.values():
         choice["message"]["refusal"] = None

@@ -31,6 +31,7 @@ MAX_LINGERING = 64
 """Refused connections that are read until the client has seen why; above it they are cut."""
 LINGER_SECONDS = 2.0
 MAX_DISCARDED_BYTES = 1 << 20
+"""What such a connection may still send: this much, or a whole body."""
 DRAINED_BODIES = 4
 """A request may send this many times the body limit, counting chunk framing, until it is cut."""
 
@@ -119,7 +120,7 @@ class Wait(enum.Enum):
     IDLE = "idle"  # the first byte of a request
     HEAD = "head"  # the rest of its head
     BODY = "body"  # its body
-    LEAVE = "leave"  # it was refused
+    LEAVE = "leave"  # it has its last answer
 
 
 class Protocol(H11Protocol):
@@ -134,10 +135,31 @@ class Protocol(H11Protocol):
         self.wait = Wait.ANSWER
         self.deadline: asyncio.TimerHandle | None = None
         self.stall: asyncio.TimerHandle | None = None
-        self.address: str | None = None  # once it is counted
+        self.address: str | None = None  # while it is counted
+        self.refusal: HttpError | None = None
+        self.entered = False
         self.num_received = 0  # bytes of the request, nearly: they come in pieces
         self.num_before = 0  # of those, bytes before the body's current window
         self.num_discarded = 0
+
+    def enter(self, client: tuple[str, int] | None) -> HttpError | None:
+        """Count the connection, or say why it is too many.
+
+        A server may call this before the connection is made, so that a TLS handshake counts; it
+        then calls `leave` if the connection is never made.
+        """
+        self.entered = True
+        address = counted_as(client)
+        self.refusal = self.counts.refusal(address)
+        if self.refusal is None:
+            self.address = address
+        return self.refusal
+
+    def leave(self) -> None:
+        """Count the connection no longer."""
+        if self.address is not None:
+            self.counts.remove(self.address)
+            self.address = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -145,28 +167,26 @@ class Protocol(H11Protocol):
         # above zero.
         transport.set_write_buffer_limits(high=1, low=0)
         self._set_socket_options()
-        address = counted_as(self.client)
-        refusal = self.counts.refusal(address)
-        if refusal is not None:
-            self.refuse(refusal)
-            return
-        self.address = address
-        self._expect()
+        if not self.entered:
+            self.enter(self.client)
+        if self.refusal is not None:
+            self.refuse(self.refusal)
+        else:
+            self._expect()
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         for timer in (self.deadline, self.stall):
             if timer is not None:
                 timer.cancel()
-        if self.address is not None:
-            self.counts.remove(self.address)
+        self.leave()
         if self.wait is Wait.LEAVE:
             self.counts.num_lingering -= 1
 
     def data_received(self, data: bytes) -> None:
         if self.wait is Wait.LEAVE:
             self.num_discarded += len(data)
-            if self.num_discarded > MAX_DISCARDED_BYTES:
+            if self.num_discarded > max(MAX_DISCARDED_BYTES, self.limits.body):
                 self.transport.abort()
             return
         if self.conn.their_state is h11.MUST_CLOSE:
@@ -186,7 +206,10 @@ class Protocol(H11Protocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        self._expect()
+        if self.conn.their_state is h11.SEND_BODY and not self.transport.is_closing():
+            self._linger()  # nobody wants the rest of its body, and parsing it would cost
+        else:
+            self._expect()
 
     def shutdown(self) -> None:
         if self.wait is Wait.LEAVE:
@@ -220,13 +243,20 @@ class Protocol(H11Protocol):
             self.cycle.disconnected = True
             self.cycle.waiting_for_100_continue = False
             self.cycle.message_event.set()
+        self._linger()
+        if not can_answer:
+            self.transport.close()
+
+    def _linger(self) -> None:
+        """Read on for a while and parse nothing: a close with unread data would reset the
+        connection and could destroy the answer.
+        """
         self._set_deadline(Wait.LEAVE, LINGER_SECONDS)
         self.counts.num_lingering += 1
         self._unset_keepalive_if_required()
-        if not can_answer or self.counts.num_lingering > MAX_LINGERING:
+        if self.counts.num_lingering > MAX_LINGERING:
             self.transport.close()
             return
-        # A close with unread data would reset the connection and could destroy the answer.
         self.flow.resume_reading()
         if self.transport.can_write_eof():
             self.transport.write_eof()

@@ -35,6 +35,9 @@ class Limits:
     """Sizes are bytes, times are seconds. A flag's name is the field's with hyphens."""
 
     body: int = _bytes(8 * MIB, KIB, GIB, "body of a request")
+    bodies: int = _bytes(
+        256 * MIB, KIB, 1024 * GIB, "bodies that wait for their encoding, all requests together"
+    )
     body_seconds: float = _seconds(30, 1, 3600, "window in which a body must keep its rate")
     body_rate: int = _bytes(KIB, 1, GIB, "bytes of a body per second, at least")
     request_line: int = _bytes(4 * KIB, 64, 64 * KIB, "method, path and query of a request")
@@ -43,6 +46,7 @@ class Limits:
     header_seconds: float = _seconds(10, 1, 600, "from a request's first byte to its last header")
     json_depth: int = _count(64, 8, 500, "arrays and objects inside each other in a body")
     json_containers: int = _count(50_000, 100, 10_000_000, "arrays and objects in a body")
+    json_values: int = _count(200_000, 100, 100_000_000, "values in a body, counted by commas")
     connections: int = _count(1024, 1, 100_000, "open connections")
     connections_per_address: int = _count(
         256, 1, 100_000, "open connections of one address; this machine's own only if set"

@@ -1,5 +1,7 @@
 """The head of a request on its raw bytes: its size, and what two servers could read differently.
 
+And of its body, how small its chunks are.
+
 h11 itself takes lines that end in LF alone, continued headers, equal lengths given twice, a length
 beside chunks, and a head of any size if it comes in one write.
 """
@@ -18,6 +20,9 @@ BARE_LINE_FEED = re.compile(rb"(?<!\r)\n")
 CONTROL_CHARACTER = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 CONTENT_LENGTH = re.compile(rb"[0-9]{1,18}")
 VERSION = re.compile(rb" HTTP/1\.[01]$")
+FREE_CHUNKS = 1024
+MIN_CHUNK_BYTES = 64
+"""The least average of a body's chunks after the first `FREE_CHUNKS`: each takes h11 some 10 us."""
 
 
 class StrictConnection(h11.Connection):
@@ -29,21 +34,51 @@ class StrictConnection(h11.Connection):
         self.limits = limits
         self.refusal: HttpError | None = None
         self.asked_head = False
+        self.num_chunks = 0  # of the request's body, and their bytes
+        self.num_chunk_bytes = 0
 
     def next_event(self) -> Any:
         """As h11's. Before it raises `h11.RemoteProtocolError`, it sets ``refusal``."""
         if self.their_state is h11.IDLE:
+            self.num_chunks = self.num_chunk_bytes = 0
             data, _ = self.trailing_data
             self.asked_head = data.startswith(b"HEAD ")
             self.refusal = head_error(data, self.limits)
             if self.refusal is not None:
                 raise h11.RemoteProtocolError(str(self.refusal))
         try:
-            return super().next_event()
+            event = super().next_event()
         except h11.RemoteProtocolError as error:
             # What follows a colon is the client's own text, which may hold a key.
             self.refusal = invalid(shorten(str(error).partition(":")[0]))
             raise
+        if isinstance(event, h11.Data):
+            self._count_chunk(event)
+        return event
+
+    def send(self, event: Any) -> Any:
+        """As h11's. An answer that begins before the request's body came says that it is the last.
+
+        h11 is not told so: it would have uvicorn close at once, and with a close the system drops
+        the answer if the body is still coming.
+        """
+        data = super().send(event)
+        is_early = isinstance(event, h11.Response) and self.their_state is h11.SEND_BODY
+        if is_early and b"\r\nconnection: close\r\n" not in data.lower():
+            return data.removesuffix(b"\r\n") + b"connection: close\r\n\r\n"
+        return data
+
+    def _count_chunk(self, event: h11.Data) -> None:
+        if event.chunk_start:
+            low = self.num_chunk_bytes < MIN_CHUNK_BYTES * self.num_chunks
+            if low and self.num_chunks >= FREE_CHUNKS:
+                self.refusal = invalid(
+                    f"The body's first {self.num_chunks} chunks have less than {MIN_CHUNK_BYTES} "
+                    "bytes on average; send larger chunks"
+                )
+                raise h11.RemoteProtocolError(str(self.refusal))
+            self.num_chunks += 1
+        self.num_chunk_bytes += len(event.data)
 
 
 def head_error(data: bytes, limits: Limits) -> HttpError | None:

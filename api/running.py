@@ -7,10 +7,12 @@ than a request may, or the server stops.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
+from collections import Counter, deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import NoReturn, TypeVar
 
@@ -19,7 +21,7 @@ from starlette.types import Scope
 from api.errors import HttpError
 from api.keys import KeyEntry, KeyStore
 from api.request_log import RequestRecord
-from runtime import RequestError
+from runtime import QueueTimeout, RequestError
 
 MAX_ENCODING = 2
 """Prompts encoded at once. A long one holds a core for seconds; the others keep theirs."""
@@ -67,6 +69,80 @@ class RunningRequest:
         self._leave()
 
 
+class EncodingThreads:
+    """The threads that encode prompts. Keys take turns, each with one thread while others wait."""
+
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(MAX_ENCODING, thread_name_prefix="encode")
+        self._num_free = MAX_ENCODING
+        self._num_busy: Counter[str | None] = Counter()  # threads that work for a key
+        # who waits, of each key in order; the key whose turn was longest ago is the first
+        self._waiting: dict[str | None, deque[asyncio.Future[None]]] = {}
+
+    async def run(self, key_id: str | None, seconds: float, work: Callable[[], T]) -> T:
+        """What ``work`` returns or raises. Raises `QueueTimeout` after ``seconds`` without a turn.
+
+        ``key_id`` None is the one user of a server without keys.
+        """
+
+        def attempt() -> Callable[[], T]:
+            try:
+                result = work()
+            except BaseException as error:  # some, as StopIteration, may not pass a future
+                return partial(_raise, error)
+            return lambda: result
+
+        await self._turn(key_id, seconds)
+        loop = asyncio.get_running_loop()
+
+        def finished(_: Future[Callable[[], T]]) -> None:
+            with contextlib.suppress(RuntimeError):  # the server ended before its thread
+                loop.call_soon_threadsafe(self._release, key_id)
+
+        working = self._threads.submit(attempt)
+        # If the client leaves, the thread still goes on to its end, and is busy until then.
+        working.add_done_callback(finished)
+        outcome = await asyncio.wrap_future(working)
+        return outcome()
+
+    async def _turn(self, key_id: str | None, seconds: float) -> None:
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(key_id, deque()).append(turn)
+        self._give_turns()
+        try:
+            async with asyncio.timeout(seconds):
+                await turn
+        except BaseException as error:
+            if turn.done() and not turn.cancelled():
+                self._release(key_id)  # its turn came in the same moment
+            turn.cancel()
+            if isinstance(error, TimeoutError):
+                raise QueueTimeout(
+                    f"The prompt waited {seconds:g} s for its turn to be encoded. Try again later."
+                ) from None
+            raise
+
+    def _release(self, key_id: str | None) -> None:
+        self._num_free += 1
+        self._num_busy[key_id] -= 1
+        if not self._num_busy[key_id]:
+            del self._num_busy[key_id]
+        self._give_turns()
+
+    def _give_turns(self) -> None:
+        while self._num_free and self._waiting:
+            idle = (key_id for key_id in self._waiting if key_id not in self._num_busy)
+            key_id = next(idle, next(iter(self._waiting)))
+            turns = self._waiting.pop(key_id)
+            turn = turns.popleft()
+            if turns:
+                self._waiting[key_id] = turns
+            if not turn.done():  # else it has left
+                turn.set_result(None)
+                self._num_free -= 1
+                self._num_busy[key_id] += 1
+
+
 class Running:
     """All running requests, and the threads that encode their prompts."""
 
@@ -74,7 +150,7 @@ class Running:
         self.draining = False
         self.num_encoding = 0  # choices of admitted requests that are not submitted yet
         self._requests: set[RunningRequest] = set()
-        self._threads = ThreadPoolExecutor(MAX_ENCODING, thread_name_prefix="encode")
+        self._threads = EncodingThreads()
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -90,22 +166,18 @@ class Running:
         self._requests.add(request)
         return request
 
-    async def encode(self, num_choices: int, work: Callable[[], T]) -> T:
-        """What ``work`` returns or raises, done in a thread when it is this request's turn."""
+    async def encode(
+        self, key_id: str | None, num_choices: int, seconds: float, work: Callable[[], T]
+    ) -> T:
+        """What ``work`` returns or raises, done in a thread when it is this key's turn.
 
-        def attempt() -> Callable[[], T]:
-            try:
-                result = work()
-            except BaseException as error:  # some, as StopIteration, may not pass a future
-                return partial(_raise, error)
-            return lambda: result
-
+        Raises `QueueTimeout` if that takes longer than ``seconds``.
+        """
         self.num_encoding += num_choices
         try:
-            outcome = await asyncio.get_running_loop().run_in_executor(self._threads, attempt)
+            return await self._threads.run(key_id, seconds, work)
         finally:
             self.num_encoding -= num_choices
-        return outcome()
 
     def drain(self) -> None:
         """Admit nobody from now on."""

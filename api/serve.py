@@ -90,6 +90,11 @@ class ServeOptions:
                 f"--watchdog must be between 1 and {MAX_DRAIN_SECONDS:g} seconds, "
                 f"got {self.watchdog_seconds:g}"
             )
+        if "*" in self.allowed_hosts and not self.needs_key:
+            raise ConfigError(
+                "--allowed-host '*' with --no-key would let any web page use the server; name the "
+                "hosts, or leave --no-key out"
+            )
         for origin in self.allowed_origins:
             if not ORIGIN.fullmatch(origin):
                 raise ConfigError(

@@ -9,9 +9,12 @@ The chat template writes them; what a client says in a chat can never become one
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import re
 import secrets
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,10 +41,13 @@ from runtime.config import (
 )
 from runtime.control_tokens import ControlTokens, require_unicode
 from runtime.errors import BadRequest, CheckpointError
+from runtime.token_bound import TokenBound, byte_letters
 
 THINK_START, THINK_END = "<think>", "</think>"
 BUILT_IN_CHATS: dict[str, Callable[[], ChatRenderer]] = {"DeepseekV32ForCausalLM": V32Chat}
 """For architectures whose releases have no chat template."""
+LONG_TEXT = 1 << 17
+"""Characters of a prompt that cost nobody much to encode, whatever they are."""
 SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
 
 
@@ -73,7 +79,7 @@ class Tokenizer:
         added = backend.get_added_tokens_decoder()
         self.token_bytes = _token_bytes(backend, {i: token.content for i, token in added.items()})
         self.num_tokens = len(self.token_bytes)
-        self._max_token_bytes = max(map(len, self.token_bytes), default=1) or 1
+        self._bound = TokenBound(backend, self.token_bytes)
         self._hidden_ids = frozenset(i for i, token in added.items() if _is_hidden(token))
         ids = {token.content: i for i, token in added.items()}
         self.think_start_id = ids.get(THINK_START)
@@ -141,6 +147,7 @@ class Tokenizer:
         tools: Sequence[dict[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         variables: Mapping[str, Any] | None = None,
+        max_model_len: int | None = None,
     ) -> ChatPrompt:
         """Render ``messages`` and encode the result.
 
@@ -154,9 +161,11 @@ class Tokenizer:
                 choice. A template without such a switch does not notice.
             tools: functions the model may call, as OpenAI spells them.
             variables: more names for the template.
+            max_model_len: refuse a prompt that is clearly longer before work is spent on it. One
+                that is a little longer is encoded all the same.
 
         Raises `BadRequest` if the checkpoint has no template, the template fails, a variable has a
-        reserved name, or text is not valid Unicode.
+        reserved name, or text is not valid Unicode, and `ContextLengthExceeded`.
         """
         variables = dict(variables or {})
         if taken := sorted(RESERVED_VARIABLES & variables.keys()):
@@ -169,6 +178,9 @@ class Tokenizer:
             variables |= {"thinking": thinking, "enable_thinking": thinking}
         variables |= {"tools": tools, "add_generation_prompt": add_generation_prompt}
         prepared = self._prepare(messages)
+        if max_model_len is not None and _num_chars([prepared, variables]) > LONG_TEXT:
+            # What the template drops, such as earlier thoughts, does not count.
+            self._bound.check(self._render(prepared, variables), max_model_len)
         # The mark splits each control token a client spelt, so that no part of the rendered text
         # between two marks holds one; templates only move text around and keep the mark in place.
         mark = f"\ue000{secrets.randbelow(10**19)}\ue000"
@@ -179,6 +191,9 @@ class Tokenizer:
         # Batches, unlike single texts, are encoded without Python's lock: other streams go on.
         encodings = self._encode(parts, "messages", add_special_tokens=False)
         token_ids = [token_id for encoding in encodings for token_id in encoding.ids]
+        del encodings
+        if len(rendered) > LONG_TEXT:
+            _give_back_memory()
         return ChatPrompt(token_ids, "".join(parts), self.opens_thought(token_ids))
 
     def _encode(self, texts: list[str], param: str, **options: bool) -> list[tokenizers.Encoding]:
@@ -192,10 +207,6 @@ class Tokenizer:
                 param=param,
                 code="tokenizer_error",
             ) from None
-
-    def fewest_tokens(self, text: str) -> int:
-        """A lower bound on the tokens of ``text``, without encoding it."""
-        return -(-len(text.encode(errors="replace")) // self._max_token_bytes)
 
     def opens_thought(self, token_ids: Sequence[int]) -> bool:
         """Whether a prompt ends inside a thought: its last ``<think>`` is not closed."""
@@ -248,6 +259,28 @@ class Tokenizer:
 
 def _is_hidden(token: tokenizers.AddedToken) -> bool:
     return token.special or bool(re.fullmatch(r"<[｜|].*[｜|]>", token.content))
+
+
+def _give_back_memory() -> None:
+    """Of glibc's threads: each would keep the 300 MB that a megabyte took to encode."""
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError, OSError):  # another C library
+            ctypes.CDLL(None).malloc_trim(0)
+
+
+def _num_chars(value: Any) -> int:
+    """Characters of all texts in ``value``, however deep."""
+    num_chars = 0
+    pending = [value]
+    while pending:
+        part = pending.pop()
+        if isinstance(part, str):
+            num_chars += len(part)
+        elif isinstance(part, Mapping):
+            pending += [*part.keys(), *part.values()]
+        elif isinstance(part, list | tuple):
+            pending += part
+    return num_chars
 
 
 # -- reading the files ---------------------------------------------------------------------------
@@ -310,7 +343,7 @@ def _ids_of(backend: tokenizers.Tokenizer, token: str | None) -> tuple[int, ...]
 
 def _token_bytes(backend: tokenizers.Tokenizer, added: dict[int, str]) -> list[bytes]:
     """The bytes of every id; none for an id that no token has."""
-    byte_of = _byte_alphabet()
+    byte_of = {letter: byte for byte, letter in enumerate(byte_letters())}
     vocab = backend.get_vocab(with_added_tokens=True)
     token_bytes = [b""] * (max(vocab.values(), default=-1) + 1)
     for text, token_id in vocab.items():
@@ -319,11 +352,3 @@ def _token_bytes(backend: tokenizers.Tokenizer, added: dict[int, str]) -> list[b
         else:
             token_bytes[token_id] = bytes(byte_of[char] for char in text)
     return token_bytes
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """The inverse of GPT-2's map: printable Latin-1 stands for itself, the rest from U+0100 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    byte_of = {chr(byte): byte for byte in printable}
-    return byte_of | {chr(256 + i): byte for i, byte in enumerate(others)}

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from api.chat import json_pieces, to_json
+from api.limits import Limits
+from api.running import MAX_ENCODING, EncodingThreads
 from api.schemas import cache_namespace, parse_chat
 from api.state import ServerState
 from runtime import ChatPrompt, Tokenizer
-from tests.api.scripted import ScriptedEngine, in_background, post, wait_until
+from tests.api.scripted import (
+    ScriptedEngine,
+    engine_of,
+    in_background,
+    post,
+    scripted_state,
+    serve,
+    wait_until,
+)
 from tests.api.test_disconnects import send_raw
 
 HELLO: dict[str, Any] = {"messages": [{"role": "user", "content": "hello"}]}
@@ -130,3 +145,169 @@ def test_the_priority_reaches_the_engine(base: str, engine: ScriptedEngine) -> N
     for fields in ({}, {"priority": -7, "n": 2}, {"priority": 1000}):
         assert post(base, {**HELLO, **fields}).status_code == 200
     assert engine.priorities == [0, -7, -7, 1000]
+
+
+# -- who is encoded next -------------------------------------------------------------------------
+
+
+class Encodings:
+    """Encodings of several keys that end when they are told to."""
+
+    def __init__(self) -> None:
+        self.threads = EncodingThreads()
+        self.started: list[str] = []
+        self.ends: dict[str, threading.Event] = {}
+        self.tasks: dict[str, asyncio.Task[str]] = {}
+
+    def ask(self, name: str) -> None:
+        """Encode ``name``, whose first letter is its key."""
+        end = self.ends[name] = threading.Event()
+
+        def work() -> str:
+            self.started.append(name)
+            assert end.wait(20)
+            return name
+
+        self.tasks[name] = asyncio.create_task(self.threads.run(name[0], 20, work))
+
+    async def end(self, name: str) -> None:
+        self.ends[name].set()
+        assert await self.tasks[name] == name
+
+    async def wait(self, *names: str) -> None:
+        """Until exactly these have started, in order."""
+        async with asyncio.timeout(10):
+            while len(self.started) < len(names):
+                await asyncio.sleep(0.005)
+        await asyncio.sleep(0.02)
+        assert self.started == list(names)
+
+
+def test_keys_take_turns_and_none_has_both_threads_while_others_wait() -> None:
+    async def run() -> None:
+        all_of = Encodings()
+        for name in ("a1", "a2", "a3", "a4", "a5", "b1", "b2", "c1"):
+            all_of.ask(name)
+        await all_of.wait("a1", "a2")
+        await all_of.end("a1")
+        await all_of.wait("a1", "a2", "b1")
+        await all_of.end("a2")  # a has waited as long as c and longer than b
+        await all_of.wait("a1", "a2", "b1", "a3")
+        await all_of.end("a3")
+        await all_of.wait("a1", "a2", "b1", "a3", "c1")
+        await all_of.end("b1")
+        await all_of.wait("a1", "a2", "b1", "a3", "c1", "b2")
+        await all_of.end("b2")
+        await all_of.wait("a1", "a2", "b1", "a3", "c1", "b2", "a4")
+        await all_of.end("c1")  # only a waits: it may have both
+        await all_of.wait("a1", "a2", "b1", "a3", "c1", "b2", "a4", "a5")
+        await all_of.end("a4")
+        await all_of.end("a5")
+
+    asyncio.run(run())
+
+
+def test_who_leaves_gives_back_its_turn() -> None:
+    async def run() -> None:
+        all_of = Encodings()
+        for name in ("a1", "b1", "a2", "b2", "c1"):
+            all_of.ask(name)
+        await all_of.wait("a1", "b1")
+        for name in ("a1", "a2", "b2"):  # the thread of a1 goes on and is not free
+            all_of.tasks[name].cancel()
+        await all_of.wait("a1", "b1")
+        await all_of.end("b1")
+        await all_of.wait("a1", "b1", "c1")
+        all_of.ask("d1")
+        await all_of.wait("a1", "b1", "c1")
+        all_of.ends["a1"].set()
+        await all_of.wait("a1", "b1", "c1", "d1")
+        await all_of.end("c1")
+        await all_of.end("d1")
+        for name in ("e1", "f1", "g1"):
+            all_of.ask(name)
+        await all_of.wait("a1", "b1", "c1", "d1", "e1", "f1")
+        all_of.ends["e1"].set()
+        while all_of.threads._waiting:
+            await asyncio.sleep(0)
+        all_of.tasks["g1"].cancel()  # in the moment in which its turn has come
+        for name in ("h1", "i1"):
+            all_of.ask(name)
+        await all_of.wait("a1", "b1", "c1", "d1", "e1", "f1", "h1")
+        await all_of.end("f1")
+        await all_of.wait("a1", "b1", "c1", "d1", "e1", "f1", "h1", "i1")
+        await all_of.end("h1")
+        await all_of.end("i1")
+
+    asyncio.run(run())
+
+
+def test_a_prompt_waits_for_its_encoding_no_longer_than_for_the_engine(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = replace(scripted_state(tokenizer), limits=Limits(queue_seconds=0.3))
+    engine_of(state).say("ok")
+    encoding = BlockedEncoding(monkeypatch)
+    with serve(state) as base:
+
+        def ask() -> None:
+            assert post(base, HELLO).status_code == 200
+
+        with in_background(*[ask] * MAX_ENCODING):
+            wait_until(lambda: encoding.num_started == MAX_ENCODING)
+            response = post(base, HELLO)
+            assert response.status_code == 503
+            assert response.json()["error"]["code"] == "queue_timeout"
+            assert int(response.headers["retry-after"]) > 0
+            encoding.go_on.set()
+        assert encoding.num_started == MAX_ENCODING
+        assert state.running.num_encoding == 0
+        assert post(base, HELLO).status_code == 200
+
+
+# -- what can never be served --------------------------------------------------------------------
+
+
+def test_more_choices_than_ever_fit_are_no_full_queue(tokenizer: Tokenizer) -> None:
+    state = replace(scripted_state(tokenizer), limits=Limits(queue=2))
+    engine = engine_of(state)
+    engine.say("ok")
+    engine.info = replace(engine.info, max_num_seqs=3)
+    with serve(state) as base:
+        assert post(base, {**HELLO, "n": 5}).status_code == 200
+        response = post(base, {**HELLO, "n": 6})
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert (error["param"], error["code"]) == ("n", "invalid_value")
+    assert "n is 6" in error["message"] and "5 choices: 3 that run and 2" in error["message"]
+    assert len(engine.submitted) == 5
+
+
+@pytest.mark.parametrize("role", ["user", "assistant"])
+def test_a_hopeless_message_is_refused_unencoded(
+    base: str, engine: ScriptedEngine, role: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def encode(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("the text was encoded")
+
+    monkeypatch.setattr(Tokenizer, "_encode", encode)
+    messages = [{"role": role, "content": "\U0001f468\u200d" * 200_000}, *HELLO["messages"]]
+    error = post(base, {"messages": messages}).json()["error"]
+    assert error["code"] == "context_length_exceeded"
+    assert "at least" in error["message"] and "512 tokens" in error["message"]
+    assert engine.submitted == []
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+)  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None)
+@given(json_values)
+def test_json_in_pieces_is_json(value: Any) -> None:
+    whole = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    assert "".join(json_pieces(value)) == whole
+    assert "".join(json_pieces({"a": [to_json(value), 1]})) == f'{{"a":[{whole},1]}}'

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import re
 import resource
 import selectors
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -16,13 +18,24 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import trustme
 import uvicorn
 from starlette.types import Receive, Scope, Send
 
-from api.connections import ConnectionCounts, counted_as, max_connections, protocol_class
+from api.connections import (
+    ACCEPTED_AT_ONCE,
+    ConnectionCounts,
+    counted_as,
+    max_connections,
+    protocol_class,
+)
 from api.limits import Limits
+from api.request_head import FREE_CHUNKS, MIN_CHUNK_BYTES
+from api.running import Running
+from api.server import Server
 from tests.api.scripted import wait_until
 
 LIMITS = Limits(
@@ -71,13 +84,10 @@ async def application(scope: Scope, receive: Receive, send: Send) -> None:
 class Peer:
     """A server and raw connections to it."""
 
-    def __init__(self, server: uvicorn.Server) -> None:
+    def __init__(self, server: Server, port: int, counts: ConnectionCounts) -> None:
         self.server = server
-
-    @property
-    def port(self) -> int:
-        port: int = self.server.servers[0].sockets[0].getsockname()[1]
-        return port
+        self.port = port
+        self.counts = counts
 
     def connect(self) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.port), timeout=10)
@@ -97,24 +107,26 @@ class Peer:
 
 
 @contextlib.contextmanager
-def serve(limits: Limits, path: str | None = None) -> Iterator[Peer]:
-    """On a free port, or on the Unix socket at ``path``."""
-    config = uvicorn.Config(
-        application,
-        port=0,
-        uds=path,
-        http=protocol_class(limits),
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        timeout_graceful_shutdown=1,
-    )
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run)
+def serve(
+    limits: Limits,
+    listener: socket.socket | None = None,
+    tls: ssl.SSLContext | None = None,
+    drain_seconds: float = 1.0,
+) -> Iterator[Peer]:
+    """On a free port, or at ``listener``."""
+    if listener is None:
+        listener = socket.create_server(("127.0.0.1", 0), backlog=ACCEPTED_AT_ONCE)
+    port = listener.getsockname()[1]
+    protocol = protocol_class(limits)
+    config = uvicorn.Config(application, http=protocol, ws="none", lifespan="off", log_config=None)
+    config.load()
+    config.ssl = tls
+    server = Server(config, Running(), drain_seconds)
+    thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
     try:
         wait_until(lambda: server.started)
-        yield Peer(server)
+        yield Peer(server, port, protocol.counts)
     finally:
         server.should_exit = True
         thread.join(10)
@@ -386,6 +398,55 @@ def test_chunk_framing_cannot_go_on_for_ever(peer: Peer) -> None:
         assert status_of(read_all(connection)) == 413
 
 
+def test_an_early_answer_is_the_last_and_nothing_after_it_is_parsed() -> None:
+    """Deadlines of an hour: only the answer itself can end the connection."""
+    start = b"POST /unread HTTP/1.1\r\nHost: localhost\r\n"
+    with serve(replace(LIMITS, body_seconds=3600)) as peer:
+        for headers, rest in (
+            (CHUNKED, b"1\r\n \r\n" * 1000),
+            (CHUNKED, b"no chunk"),
+            (CHUNKED, b"0\r\n\r\n" + get()),
+            (b"Content-Length: 9\r\n", b"123"),
+            (b"Expect: 100-continue\r\n" + LENGTH_2, b""),
+            (CLOSE + LENGTH_2, b""),
+        ):
+            with peer.connect() as connection:
+                connection.sendall(start + headers + b"\r\n")
+                answer = connection.recv(1)
+                with contextlib.suppress(ConnectionError):
+                    connection.sendall(rest)
+                answer += read_all(connection)
+            assert answer.count(b"HTTP/1.1 ") == 1
+            assert answer.endswith(b'{"method": "POST", "body": 0}\r\n0\r\n\r\n')
+            assert answer.lower().count(b"connection: close") == 1
+
+
+def test_an_early_answer_reaches_a_client_that_first_sends_all_of_its_body() -> None:
+    limits = Limits()
+    with serve(limits) as peer, peer.connect() as connection:
+        connection.sendall(POST.replace(b"/", b"/unread", 1))
+        connection.sendall(b"Content-Length: %d\r\n\r\n" % limits.body + b"x" * limits.body)
+        assert read_all(connection).startswith(b"HTTP/1.1 200 ")
+
+
+def test_chunks_may_be_small_or_many() -> None:
+    def chunked(num_chunks: int, num_bytes: int) -> bytes:
+        chunk = b"%x\r\n" % num_bytes + b"x" * num_bytes + b"\r\n"
+        return POST + CHUNKED + b"\r\n" + chunk * num_chunks + b"0\r\n\r\n"
+
+    at_limit = chunked(FREE_CHUNKS, 1)
+    with serve(Limits()) as peer:
+        answer = peer.ask(at_limit + at_limit + get())
+        assert answer.count(b'"body": %d}' % FREE_CHUNKS) == 2
+        large = chunked(2 * FREE_CHUNKS, MIN_CHUNK_BYTES)
+        num_bytes = 2 * FREE_CHUNKS * MIN_CHUNK_BYTES
+        assert b'"body": %d}' % num_bytes in peer.ask(large + get())
+        for beyond in (FREE_CHUNKS + 1, 30_000):
+            answer = peer.ask(chunked(beyond, 1))
+            assert status_of(answer) == 400
+            assert b"%d chunks have less than 64 bytes on average" % FREE_CHUNKS in answer
+
+
 def test_a_client_that_waits_to_be_asked_for_its_body(peer: Peer) -> None:
     with peer.connect() as connection:
         connection.sendall(POST + CLOSE + LENGTH_2 + b"Expect: 100-continue\r\n\r\n")
@@ -422,7 +483,10 @@ def test_a_never_reading_client_is_dropped_and_others_are_unharmed(peer: Peer) -
 def test_a_never_reading_client_of_a_unix_socket_is_dropped(tmp_path: Path) -> None:
     """There the system has no timeout of its own."""
     path = str(tmp_path / "socket")
-    with serve(LIMITS, path) as peer, socket.socket(socket.AF_UNIX) as connection:
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(path)
+    listener.listen()
+    with serve(LIMITS, listener) as peer, socket.socket(socket.AF_UNIX) as connection:
         connection.connect(path)
         connection.sendall(get(line=b"GET /flood HTTP/1.1"))
         wait_until(lambda: peer.num_connections == 1)
@@ -503,21 +567,12 @@ def test_the_number_of_open_files_lowers_the_limit(monkeypatch: pytest.MonkeyPat
 FEW_FILES = """
 import resource
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
-import uvicorn
-from api.connections import protocol_class
+import threading
 from api.limits import Limits
-from tests.api.test_connections import application
-config = uvicorn.Config(
-    application, port=0, http=protocol_class(Limits(keep_alive=3600)), log_level="critical",
-    lifespan="off", ws="none", backlog=64,
-)
-server = uvicorn.Server(config)
-started = server.startup
-async def startup(sockets=None):
-    await started(sockets)
-    print(server.servers[0].sockets[0].getsockname()[1], flush=True)
-server.startup = startup
-server.run()
+from tests.api.test_connections import serve
+with serve(Limits(keep_alive=3600)) as peer:
+    print(peer.port, flush=True)
+    threading.Event().wait()
 """
 
 
@@ -568,3 +623,90 @@ def test_a_stopping_server_does_not_wait_for_silent_clients() -> None:
             wait_until(lambda: peer.num_connections == 4)
             stopped = time.monotonic()
         assert time.monotonic() - stopped < 10
+
+
+@pytest.fixture(scope="module")
+def tls() -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    """The server's side and the client's."""
+    authority = trustme.CA()
+    ours, theirs = (
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER),
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),
+    )
+    authority.issue_cert("localhost").configure_cert(ours)
+    authority.configure_trust(theirs)
+    return ours, theirs
+
+
+def ask_securely(peer: Peer, context: ssl.SSLContext) -> bytes:
+    with (
+        peer.connect() as connection,
+        context.wrap_socket(connection, server_hostname="localhost") as secure,
+    ):
+        secure.sendall(get())
+        return secure.recv(4096)
+
+
+def test_connections_in_their_handshake_count(
+    tls: tuple[ssl.SSLContext, ssl.SSLContext],
+) -> None:
+    limits = replace(LIMITS, connections=2, header_seconds=600)
+    with serve(limits, tls=tls[0]) as peer, contextlib.ExitStack() as stack:
+        silent = [stack.enter_context(peer.connect()) for _ in range(2)]
+        with pytest.raises(OSError):
+            ask_securely(peer, tls[1])
+        silent[0].close()
+        wait_until(lambda: peer.counts.num_connections == 1)
+        assert ask_securely(peer, tls[1]).startswith(b"HTTP/1.1 200 ")
+        silent[1].sendall(get())  # no handshake
+        wait_until(lambda: peer.counts.num_connections == 0)
+        assert not peer.counts.by_address
+
+
+def test_a_stopping_server_ends_handshakes_before_it_drains(
+    tls: tuple[ssl.SSLContext, ssl.SSLContext],
+) -> None:
+    limits = replace(LIMITS, header_seconds=600, body_seconds=600)
+    with (
+        serve(limits, tls=tls[0], drain_seconds=600) as peer,
+        tls[1].wrap_socket(peer.connect(), server_hostname="localhost") as unfinished,
+        peer.connect() as silent,
+    ):
+        unfinished.sendall(POST + LENGTH_2 + b"\r\n{")
+        wait_until(lambda: peer.server.server_state.tasks and peer.counts.num_connections == 2)
+        peer.server.should_exit = True
+        assert silent.recv(1) == b""
+        unfinished.sendall(b"}")
+        assert unfinished.recv(4096).startswith(b"HTTP/1.1 200 ")
+
+
+def test_a_handshake_has_a_deadline(tls: tuple[ssl.SSLContext, ssl.SSLContext]) -> None:
+    with serve(LIMITS, tls=tls[0]) as peer, peer.connect() as silent:
+        with contextlib.suppress(ConnectionError):
+            assert silent.recv(1) == b""
+        wait_until(lambda: peer.counts.num_connections == 0)
+
+
+class FullListener(socket.socket):
+    """Accepts only after the process had no file left for a while."""
+
+    num_failures = 0
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        if self.num_failures < 2:
+            self.num_failures += 1
+            raise OSError(errno.EMFILE, "Too many open files")
+        return super().accept()
+
+
+def test_without_files_the_server_waits_and_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("api.server.ACCEPT_RETRY_SECONDS", 0.1)
+    listener = FullListener()
+    listener.bind(("127.0.0.1", 0))
+    listener.listen()
+    with serve(LIMITS, listener) as peer:
+        assert status_of(peer.ask(get())) == 200
+    [record] = caplog.records
+    assert "Too many open files" in record.getMessage()

@@ -3,22 +3,39 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import http.client
 import json
+import re
+import socket
+import time
+import tracemalloc
 from collections.abc import Iterator
 from dataclasses import replace
+from urllib.parse import urlsplit
 
 import httpx
 import openai
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from starlette.datastructures import Headers
 from starlette.responses import PlainTextResponse
 from starlette.types import Message, Receive, Scope, Send
 
-from api.guard import Guard, canonical_path, check_nesting
+from api.errors import HttpError
+from api.guard import BodyMemory, Guard, HeldBody, canonical_path, check_nesting, read_body
 from api.limits import Limits
-from runtime import BadRequest, Tokenizer
-from tests.api.scripted import ScriptedEngine, engine_of, post, scripted_state, serve
+from api.serve import ServeOptions
+from runtime import BadRequest, ConfigError, Tokenizer
+from tests.api.scripted import (
+    ScriptedEngine,
+    engine_of,
+    post,
+    scripted_state,
+    serve,
+    wait_until,
+)
 
 HELLO = {"messages": [{"role": "user", "content": "hello"}]}
 
@@ -83,6 +100,37 @@ def test_paths_people_type(base: str, engine: ScriptedEngine, path: str) -> None
 def test_canonical_path() -> None:
     assert canonical_path("/") == canonical_path("") == canonical_path("/v1/") == "/"
     assert canonical_path("/models/v1") == "/models/v1"
+    assert canonical_path("http://localhost") == canonical_path("http://localhost/") == "/"
+    assert canonical_path("HTTPS://[::1]:8000/v1/models") == "/models"
+    assert canonical_path("/http://localhost/models") == "/http:/localhost/models"
+
+
+def test_a_target_with_scheme_and_name_as_a_proxy_is_asked(base: str) -> None:
+    """RFC 9112, 3.2.2. The name that must be ours is still the Host header's."""
+
+    def status(target: str, host: str) -> int:
+        connection = http.client.HTTPConnection(urlsplit(base).netloc, timeout=10)
+        connection.request("GET", target, headers={"Host": host})
+        with contextlib.closing(connection):
+            return connection.getresponse().status
+
+    for target in (
+        "http://localhost/health",
+        "http://localhost:80/v1/models?a=b",
+        f"{base}/models",
+    ):
+        assert status(target, "localhost") == 200
+        assert status(target, "evil.example") == 421
+    assert status("http://localhost/v1/nothing", "localhost") == 404
+    assert status("ftp://localhost/health", "localhost") == 404
+
+
+def test_any_host_name_needs_a_key() -> None:
+    """A page whose name is made to mean this machine would be let in by nothing else."""
+    with pytest.raises(ConfigError, match=r"--allowed-host '\*' with --no-key .* name the hosts"):
+        ServeOptions("127.0.0.1", 0, ("a",), needs_key=False, allowed_hosts=frozenset("*"))
+    ServeOptions("127.0.0.1", 0, ("a",), needs_key=True, allowed_hosts=frozenset("*"))
+    ServeOptions("127.0.0.1", 0, ("a",), needs_key=False, allowed_hosts=frozenset(("box",)))
 
 
 @pytest.mark.parametrize("path", ["/v1/embeddings", "/", "/v1", "/chat", "/v1/responses", "/%00"])
@@ -453,6 +501,32 @@ def test_json_containers_at_the_limit_and_one_beyond() -> None:
         check_nesting(fitting.replace(b"1]", b"[]]"), limits)
 
 
+def test_json_values_at_the_limit_and_one_beyond(base: str, engine: ScriptedEngine) -> None:
+    limits = Limits()
+    fitting = b'{",,\\",": ",", "a": [' + b'"",' * (limits.json_values - 1) + b"1]}"
+    check_nesting(fitting, limits)
+    engine.say("ok")
+    beyond = post(base, fitting.replace(b"1]", b"1,1]"))
+    assert beyond.status_code == 400
+    assert error_of(beyond)["code"] == "invalid_json"
+    assert "more than 200000 values" in str(error_of(beyond)["message"])
+    text = "," * (limits.json_values + 1)
+    response = post(base, {"messages": [{"role": "user", "content": text}]})
+    assert error_of(response)["code"] == "context_length_exceeded"
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.deferred(lambda: values))
+def test_values_are_counted_as_by_hand(value: object) -> None:
+    text = json.dumps(value)
+    num_commas = re.sub(r'"(\\.|[^"\\])*"', "", text).count(",")
+    limits = Limits(json_depth=500)
+    check_nesting(text.encode(), replace(limits, json_values=num_commas))
+    if num_commas:
+        with pytest.raises(BadRequest, match=f"more than {num_commas - 1} values"):
+            check_nesting(text.encode(), replace(limits, json_values=num_commas - 1))
+
+
 def depth_by_hand(text: str) -> int:
     depth = deepest = 0
     in_string = escaped = False
@@ -494,3 +568,111 @@ def test_listed_origins(tokenizer: Tokenizer) -> None:
     with serve(state) as base:
         response = post(base, HELLO, headers={"origin": origin})
         assert response.headers["access-control-allow-origin"] == origin
+
+
+# -- bodies that take memory and time ------------------------------------------------------------
+
+ROOM = 1 << 20  # for bodies, in a server of `crowded`
+
+
+@pytest.fixture
+def crowded(tokenizer: Tokenizer) -> Iterator[str]:
+    """A server with little room for bodies, whose answers take long."""
+    limits = Limits(body=ROOM, bodies=ROOM, request_seconds=5)
+    state = replace(scripted_state(tokenizer), limits=limits)
+    engine_of(state).say("ok")
+    with serve(state) as address:
+        yield address
+
+
+def begin_body(base: str, num_bytes: int, declared: int) -> socket.socket:
+    """A connection on which the first bytes of a body were sent."""
+    address = urlsplit(base)
+    connection = socket.create_connection((address.hostname, address.port), timeout=10)
+    head = (
+        "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {declared}\r\n\r\n"
+    )
+    connection.sendall(head.encode() + b" " * num_bytes)
+    return connection
+
+
+def large(num_bytes: int = ROOM * 3 // 4) -> bytes:
+    return json.dumps({**HELLO, "padding": "x" * (num_bytes - 100)}).encode()
+
+
+def status_when_settled(base: str, body: bytes, status: int) -> httpx.Response:
+    """The answer, once its status is this one: bytes on the way take a moment to be counted."""
+    deadline = time.monotonic() + 10
+    while (response := post(base, body)).status_code != status:
+        assert time.monotonic() < deadline, response.text
+        time.sleep(0.02)
+    return response
+
+
+def test_bodies_have_one_memory_and_small_ones_do_not_count(crowded: str) -> None:
+    assert post(crowded, large()).status_code == 200
+    with begin_body(crowded, ROOM - 10, ROOM - 1):
+        response = status_when_settled(crowded, large(), 503)
+        assert error_of(response)["code"] == "server_overloaded"
+        assert int(response.headers["retry-after"]) > 0
+        assert post(crowded, HELLO).status_code == 200
+    status_when_settled(crowded, large(), 200)
+
+
+def test_a_body_that_is_too_long_holds_nothing(crowded: str) -> None:
+    with begin_body(crowded, ROOM // 2, 3 * ROOM) as other:
+        other.sendall(b" " * ROOM)
+        for _ in range(5):
+            assert post(crowded, large()).status_code == 200
+
+
+def test_an_answer_holds_no_body(tokenizer: Tokenizer) -> None:
+    state = replace(scripted_state(tokenizer), limits=Limits(body=ROOM, bodies=ROOM))
+    engine_of(state).say("ok")
+    engine_of(state).first_token_seconds = 60
+    with serve(state) as base, contextlib.ExitStack() as connections:
+        for count in (1, 2, 3):
+            connection = connections.enter_context(begin_body(base, 0, len(large())))
+            connection.sendall(large())
+            wait_until(lambda count=count: engine_of(state).num_live == count)
+
+
+def test_a_body_that_drips_is_ended(tokenizer: Tokenizer) -> None:
+    limits = Limits(request_seconds=1, body_rate=1)
+    state = replace(scripted_state(tokenizer), limits=limits)
+    with serve(state) as base, begin_body(base, 10, 1000) as connection:
+        connection.settimeout(0.1)
+        received = b""
+        deadline = time.monotonic() + 10
+        while b"request_timeout" not in received:
+            assert time.monotonic() < deadline
+            with contextlib.suppress(TimeoutError):
+                received += connection.recv(4096)
+            with contextlib.suppress(OSError):
+                connection.sendall(b" ")
+    assert received.startswith(b"HTTP/1.1 408")
+    assert b"did not end in 1 s" in received
+
+
+def test_the_bytes_of_a_refused_body_are_dropped() -> None:
+    part = 64 << 10
+    held: list[int] = []
+
+    async def receive() -> Message:
+        held.append(tracemalloc.get_traced_memory()[0])
+        return {"type": "http.request", "body": bytes(part), "more_body": len(held) < 30}
+
+    async def read() -> None:
+        memory = BodyMemory(ROOM)
+        with pytest.raises(HttpError, match=f"above {ROOM} bytes"):
+            await read_body(Headers(), receive, ROOM, HeldBody(memory))
+        assert memory.num_bytes == 0
+
+    tracemalloc.start()
+    try:
+        asyncio.run(read())
+    finally:
+        tracemalloc.stop()
+    assert held[16] - held[0] >= ROOM
+    assert held[-1] - held[0] < ROOM / 4

@@ -208,6 +208,22 @@ def test_a_plain_answer_of_a_revoked_key_is_a_401(tokenizer: Tokenizer, store: K
     assert (response.status_code, response.json()["error"]["code"]) == (401, "key_revoked")
 
 
+def test_a_wrong_key_is_told_before_its_body_came_and_the_connection_ends(
+    tokenizer: Tokenizer, store: KeyStore
+) -> None:
+    state = replace(scripted_state(tokenizer), keys=store, limits=Limits(body_seconds=3600))
+    with serve(state) as base:
+        client = socket.create_connection(("127.0.0.1", urlsplit(base).port or 0), timeout=10)
+        with client:
+            client.sendall(
+                b"POST /chat/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer x\r\n"
+                b"Transfer-Encoding: chunked\r\n\r\n1\r\n \r\n"
+            )
+            answer = client.makefile("rb").read()
+    assert answer.startswith(b"HTTP/1.1 401 ")
+    assert b"invalid_api_key" in answer
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_request_has_only_so_much_time(tokenizer: Tokenizer, stream: bool) -> None:
     state = replace(scripted_state(tokenizer), limits=Limits(request_seconds=0.3))

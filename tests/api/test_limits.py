@@ -12,6 +12,7 @@ def test_the_defaults_are_the_documented_ones() -> None:
     rows = {name: default for name, default, _ in Limits.describe()}
     assert rows == {
         "body": "8MiB",
+        "bodies": "256MiB",
         "body-seconds": "30s",
         "body-rate": "1KiB",
         "request-line": "4KiB",
@@ -20,6 +21,7 @@ def test_the_defaults_are_the_documented_ones() -> None:
         "header-seconds": "10s",
         "json-depth": "64",
         "json-containers": "50000",
+        "json-values": "200000",
         "connections": "1024",
         "connections-per-address": "256",
         "keep-alive": "75s",
@@ -106,5 +108,5 @@ def test_what_is_no_setting(setting: str) -> None:
 def test_twice_and_unknown_names() -> None:
     with pytest.raises(ConfigError, match=r"^--limit body is given twice$"):
         Limits.parse(["body=1MiB", "body=2MiB"])
-    with pytest.raises(ConfigError, match=r"no 'nobody'; it knows body, body-seconds, "):
+    with pytest.raises(ConfigError, match=r"no 'nobody'; it knows body, bodies, body-seconds, "):
         Limits.parse(["nobody=1"])

@@ -14,6 +14,7 @@ import httpx
 import uvicorn
 
 from api.app import ServerState, create_app
+from api.connections import protocol_class
 from api.server import Server
 from runtime import EngineClient, EngineConfig, GenerationDefaults, Tokenizer
 from tests.runtime.engines import QUESTIONS, TINY
@@ -38,7 +39,8 @@ def with_server(work: Callable[[httpx.AsyncClient, EngineClient], Awaitable[None
             created=0,
             system_fingerprint="fp_test",
         )
-        config = uvicorn.Config(create_app(state), lifespan="off", log_config=None)
+        protocol = protocol_class(state.limits)
+        config = uvicorn.Config(create_app(state), http=protocol, lifespan="off", log_config=None)
         server = Server(config, state.running, drain_seconds=10)
         with closing(socket.create_server(("127.0.0.1", 0))) as listener:
             serving = asyncio.create_task(server.serve(sockets=[listener]))

@@ -13,9 +13,11 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from runtime import token_bound
 from runtime.chat_template import MAX_RENDERED_CHARS
-from runtime.errors import BadRequest, CheckpointError
-from runtime.tokenizer import Tokenizer
+from runtime.errors import BadRequest, CheckpointError, ContextLengthExceeded
+from runtime.token_bound import TokenBound
+from runtime.tokenizer import LONG_TEXT, Tokenizer
 from tests.runtime.checkpoints import FATHOM_TINY
 
 thorough = settings(deadline=None, max_examples=200)
@@ -539,3 +541,121 @@ def test_only_byte_level_bpe(folder: Path) -> None:
     )
     with pytest.raises(CheckpointError, match="only byte-level BPE is supported"):
         Tokenizer.load(folder)
+
+
+# -- prompts that are too long -------------------------------------------------------------------
+
+HARMFUL = "\U0001f468\u200d"  # one piece for the pre-tokenizer, however often it is repeated
+repetitive_texts = st.lists(
+    st.tuples(st.one_of(texts, st.sampled_from([*controls(), HARMFUL, " ", "ab"])), st.just(9)),
+    max_size=12,
+).map(lambda parts: "".join(text * times for text, times in parts))
+
+
+def raw_backend() -> tokenizers.Tokenizer:
+    return tokenizers.Tokenizer.from_file(str(FATHOM_TINY / "tokenizer.json"))
+
+
+def fewest_by_hand(text: str) -> int:
+    """The fewest tokens whose bytes are those of ``text``."""
+    data, tokens = text.encode(), {token for token in tiny().token_bytes if token}
+    longest = max(map(len, tokens))
+    fewest = [0]
+    for end in range(1, len(data) + 1):
+        starts = range(max(0, end - longest), end)
+        fewest.append(1 + min(fewest[start] for start in starts if data[start:end] in tokens))
+    return fewest[-1]
+
+
+@thorough
+@given(repetitive_texts)
+def test_the_bound_is_the_fewest_tokens_that_cover_a_text(text: str) -> None:
+    bound = TokenBound(raw_backend(), tiny().token_bytes)
+    lost = 2 * (max(map(len, tiny().token_bytes)) - 1)
+    assert bound.fewest(text, 10**9) == max(fewest_by_hand(text) - lost, 0)
+
+
+@pytest.mark.parametrize("slice_chars", [70, 1 << 14])
+def test_no_text_has_fewer_tokens_than_its_bound(
+    slice_chars: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(token_bound, "SLICE_CHARS", slice_chars)
+    backend = raw_backend()
+    bound = TokenBound(backend, tiny().token_bytes)
+
+    @thorough
+    @given(repetitive_texts)
+    def check(text: str) -> None:
+        num_tokens = len(backend.encode(text, add_special_tokens=False))
+        assert bound.fewest(text, 10**9) <= num_tokens
+        assert bound.fewest(text, 10) <= num_tokens
+
+    check()
+    text = HARMFUL * 2000
+    assert bound.fewest(text, 10**9) > len(backend.encode(text)) // 3
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"normalizer": {"type": "NFC"}},
+        {"normalizer": {"type": "Sequence", "normalizers": [{"type": "Strip"} | dict.fromkeys(
+            ("strip_left", "strip_right"), True
+        )]}},
+        {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+            {"type": "Split", "pattern": {"String": "a"}, "behavior": "Removed", "invert": False},
+            {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False,
+             "trim_offsets": True},
+        ]}},
+        {"pre_tokenizer": {"type": "WhitespaceSplit"}},
+        {"pre_tokenizer": None},
+    ],
+)  # fmt: skip
+def test_nothing_is_known_of_tokenizers_that_may_drop_text(change: dict[str, Any]) -> None:
+    raw = json.loads((FATHOM_TINY / "tokenizer.json").read_text()) | change
+    backend = tokenizers.Tokenizer.from_str(json.dumps(raw))
+    assert TokenBound(backend, tiny().token_bytes).fewest("ab " * 9999, 10**9) == 0
+    empty = {"normalizer": {"type": "Sequence", "normalizers": []}}  # as DeepSeek-V3 has
+    backend = tokenizers.Tokenizer.from_str(json.dumps(raw | empty))
+    known = change.keys() == {"normalizer"}
+    assert (TokenBound(backend, tiny().token_bytes).fewest("ab " * 9999, 10**9) > 0) is known
+
+
+def test_nothing_is_known_where_a_token_takes_the_spaces_beside_it() -> None:
+    backend = raw_backend()
+    backend.add_tokens([tokenizers.AddedToken("<mask>", lstrip=True)])
+    assert TokenBound(backend, tiny().token_bytes).fewest("ab " * 9999, 10**9) == 0
+
+
+@thorough
+@given(conversations)
+def test_a_limit_changes_no_token(messages: list[dict[str, Any]]) -> None:
+    assert tiny().encode_chat(messages, max_model_len=10**6) == tiny().encode_chat(messages)
+
+
+@pytest.mark.parametrize("role", ["user", "assistant"])
+def test_a_long_text_is_refused_by_a_true_number_before_it_is_encoded(
+    role: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    messages = [{"role": role, "content": HARMFUL * (LONG_TEXT // 2)}, user("hi")]
+    whole = tiny().encode_chat(messages)
+    num_tokens = len(whole.token_ids)
+    assert tiny().encode_chat(messages, max_model_len=num_tokens + 1) == whole
+
+    def encode(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("the text was encoded")
+
+    monkeypatch.setattr(Tokenizer, "_encode", encode)
+    for limit in (1, 8192, num_tokens // 2):
+        with pytest.raises(ContextLengthExceeded, match="at least") as caught:
+            tiny().encode_chat(messages, max_model_len=limit)
+        assert limit <= caught.value.num_tokens <= num_tokens
+        assert f"at least {caught.value.num_tokens} tokens" in str(caught.value)
+        assert f"length is {limit} tokens" in str(caught.value)
+
+
+def test_what_the_template_drops_does_not_make_a_prompt_too_long(folder: Path) -> None:
+    tokenizer = with_template(folder, R1_TEMPLATE)
+    thought = {"role": "assistant", "content": f"<think>{HARMFUL * LONG_TEXT}</think>b"}
+    plain = tokenizer.encode_chat([user("a"), {"role": "assistant", "content": "b"}, user("c")])
+    assert tokenizer.encode_chat([user("a"), thought, user("c")], max_model_len=100) == plain
