@@ -31,6 +31,7 @@ from api.connections import ACCEPTED_AT_ONCE, protocol_class, raise_file_limit
 from api.keys import KeyStore
 from api.limits import Limits
 from api.listen import cannot_listen, is_loopback, listening_on, tls_context
+from api.memory import return_large_blocks
 from api.output import Output, logging_to
 from api.server import Server
 from api.terminal import LoadingBar, describe
@@ -127,6 +128,7 @@ def serve_forever(config: EngineConfig, options: ServeOptions) -> None:
     _reserve_standard_files()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core file would hold keys and prompts
     raise_file_limit()
+    return_large_blocks()
     output = Output()
     with contextlib.ExitStack() as stack:
         stack.enter_context(handling_signals(lambda: os._exit(0)))  # before and after the loop
