@@ -22,7 +22,8 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from api.errors import HttpError, error_response
-from api.limits import Limits
+from api.limits import DRAINED_BODIES, Limits
+from api.listen import ip_literal
 from api.request_head import StrictConnection, invalid
 
 ACCEPTED_AT_ONCE = 128
@@ -32,8 +33,6 @@ MAX_LINGERING = 64
 LINGER_SECONDS = 2.0
 MAX_DISCARDED_BYTES = 1 << 20
 """What such a connection may still send: this much, or a whole body."""
-DRAINED_BODIES = 4
-"""A request may send this many times the body limit, counting chunk framing, until it is cut."""
 
 
 def protocol_class(limits: Limits) -> type[H11Protocol]:
@@ -104,12 +103,10 @@ def counted_as(client: tuple[str, int] | None) -> str:
     """The address a connection counts for: of IPv6 the network, since a host has all of it."""
     if client is None:  # a socket of this machine
         return ""
-    address = ipaddress.ip_address(client[0].partition("%")[0])
-    if isinstance(address, ipaddress.IPv6Address):
-        if address.ipv4_mapped is not None:
-            return str(address.ipv4_mapped)
-        if not address.is_loopback:
-            return str(ipaddress.ip_network((address, 64), strict=False))
+    address = ip_literal(client[0])
+    assert address is not None, "the system gives addresses, not names"
+    if isinstance(address, ipaddress.IPv6Address) and not address.is_loopback:
+        return str(ipaddress.ip_network((address, 64), strict=False))
     return str(address)
 
 

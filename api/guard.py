@@ -7,7 +7,6 @@ wrong further in becomes the one error envelope here.
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import json
 import logging
 import math
@@ -24,13 +23,11 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.errors import HttpError, error_response, internal_error, invalid_json, shorten
-from api.limits import Limits
+from api.limits import DRAINED_BODIES, Limits
+from api.listen import ip_literal
 from api.sse import ClientGone
 from runtime import BadRequest, RequestError
 
-DRAINED_BODIES = 4
-"""A body of up to this many limits is read to its end before it is refused: a client that is still
-sending would see a broken connection instead of the answer."""
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 OWN_NAMES = LOOPBACK_NAMES | {"host.docker.internal"}
 HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([a-z0-9._-]+?)\.?)(?::[0-9]{1,5})?")
@@ -182,8 +179,8 @@ class Guard:
         name = (match[1] or match[2]) if match else ""
         if name and ("*" in self.allowed_hosts or name in self.allowed_hosts):
             return
-        local = _address((scope.get("server") or ("",))[0])
-        if local is not None and local == _address(name):
+        local = ip_literal((scope.get("server") or ("",))[0])
+        if local is not None and local == ip_literal(name):
             return
         raise HttpError(
             421,
@@ -352,16 +349,6 @@ def _host(url: str) -> str | None:
         return urlsplit(url).hostname
     except ValueError:
         return None
-
-
-def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    """An IP literal, however it is written."""
-    try:
-        address = ipaddress.ip_address(text.partition("%")[0])
-    except ValueError:
-        return None
-    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
-    return mapped or address
 
 
 def log_fault(request_id: str, error: BaseException) -> None:

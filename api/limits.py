@@ -14,6 +14,9 @@ KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 BYTES = {"": 1, "b": 1, "kib": KIB, "mib": MIB, "gib": GIB}
 SECONDS = {"": 1, "s": 1, "min": 60, "h": 3600}
 COUNT = {"": 1}
+DRAINED_BODIES = 4
+"""A refused body of up to this many limits, counting chunk framing, is read to its end: a client
+that is still sending would see a broken connection instead of the answer."""
 
 
 def _bytes(default: int, low: int, high: int, meaning: str) -> Any:

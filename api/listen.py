@@ -112,6 +112,16 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def ip_literal(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """The address that ``text`` spells, without its zone and as IPv4 if it is mapped; or None."""
+    try:
+        address = ipaddress.ip_address(text.partition("%")[0])
+    except ValueError:
+        return None
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return mapped or address
+
+
 def tls_context(certificate: Path | None, key: Path | None) -> ssl.SSLContext | None:
     """TLS with the files' certificate chain and key, or None without them.
 

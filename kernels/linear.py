@@ -34,15 +34,19 @@ os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 # Rows in multiples of this give a row the same bits in any batch (measured): in fp32 of any size,
 # in the others mostly of up to 32 rows.
 _ROW_GROUPS = {torch.float32: 4, torch.float16: 2, torch.bfloat16: 2}
-_HALVES = (torch.float16, torch.bfloat16)
 # Of batch-invariant products in bf16 and fp16; a row has the same bits at any place of a block
 # (measured). Smaller blocks would make decodes a little faster and prompts much slower.
 _BLOCK_ROWS = 32
 
 
+def in_blocks(dtype: torch.dtype, batch_invariant: bool) -> bool:
+    """Whether a CPU makes products of this dtype in blocks of one fixed number of rows."""
+    return batch_invariant and dtype in (torch.float16, torch.bfloat16)
+
+
 def row_group(dtype: torch.dtype, batch_invariant: bool = False) -> int:
     """How many rows a CPU matrix product should have a multiple of, for bits that never vary."""
-    return _BLOCK_ROWS if batch_invariant and dtype in _HALVES else _ROW_GROUPS.get(dtype, 1)
+    return _BLOCK_ROWS if in_blocks(dtype, batch_invariant) else _ROW_GROUPS.get(dtype, 1)
 
 
 def linear(
@@ -137,7 +141,7 @@ def heads_linear(x: Tensor, weight: Tensor, *, batch_invariant: bool = False) ->
             return out
         return torch.bmm(x.transpose(0, 1), weight.mT).transpose(0, 1).contiguous()
     by_head = x.transpose(0, 1)  # [num_heads, num_tokens, in_features]
-    if batch_invariant and x.dtype in _HALVES:
+    if in_blocks(x.dtype, batch_invariant):
         out = torch.cat([torch.bmm(block, weight.mT) for block in _blocks(by_head)], dim=1)
     else:
         out = torch.bmm(pad_rows(by_head, in_features * out_features), weight.mT)
@@ -149,7 +153,7 @@ def torch_linear(
 ) -> Tensor:
     """The torch body of `linear`, with its promises; ``x`` has the dtype of ``weight``."""
     num_tokens = x.shape[0]
-    if batch_invariant and x.dtype in _HALVES:
+    if in_blocks(x.dtype, batch_invariant):
         blocks = [functional.linear(block, weight, bias) for block in _blocks(x)]
         return (blocks[0] if len(blocks) == 1 else torch.cat(blocks))[:num_tokens]
     num_padding = -num_tokens % row_group(x.dtype)

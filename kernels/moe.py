@@ -27,7 +27,7 @@ from torch.nn import functional
 from kernels import moe_route_triton, moe_triton
 from kernels.activation import silu_and_mul
 from kernels.dispatch import use_triton
-from kernels.linear import row_group, torch_linear
+from kernels.linear import in_blocks, row_group, torch_linear
 from kernels.quant import (
     MAX_DECODED_BYTES,
     Fp8Weight,
@@ -290,8 +290,8 @@ def _grouped_product(
     num_experts, _, in_features = weights.shape
     # grouped_mm refuses rows that do not start on 16 bytes and visits every expert, hit or not
     aligned = in_features * rows.element_size() % 16 == 0
-    in_blocks = row_group(rows.dtype, batch_invariant) != row_group(rows.dtype)
-    if aligned and not in_blocks and 2 * hit.size >= num_experts:
+    at_once = aligned and not in_blocks(rows.dtype, batch_invariant)
+    if at_once and 2 * hit.size >= num_experts:
         all_counts = np.zeros(num_experts, dtype=np.int32)
         all_counts[hit] = np.diff(ends, prepend=0)
         offsets = torch.from_numpy(np.cumsum(all_counts, dtype=np.int32))

@@ -107,7 +107,8 @@ class Submissions:
 
     def draw(self, seq_id: int) -> None:
         """The engine drew a token of its answer."""
-        self.start(seq_id, 0)
+        if seq_id not in self._running:
+            self.start(seq_id, 0)
         submission = self._running.get(seq_id)
         if submission is not None:
             submission.num_tokens += 1
