@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import re
@@ -26,23 +27,12 @@ class Served:
     key: str
 
 
-@pytest.fixture(scope="session")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """`fathom serve` as a user starts it the first time, on a free port."""
-    home = tmp_path_factory.mktemp("fathom-home")
+@contextlib.contextmanager
+def first_start(home: Path, *flags: str) -> Iterator[Served]:
+    """`fathom serve` as a user starts it the first time, on a free port. It must end well."""
     log = home / "serve.log"
-    command = [
-        sys.executable,
-        "-m",
-        "api",
-        "serve",
-        "--port",
-        "0",
-        "--threads",
-        "1",
-        "--device",
-        "cpu",
-    ]
+    command = [sys.executable, "-m", "api", "serve", "--port", "0", "--threads", "1"]
+    command += ["--device", "cpu", *flags]
     with log.open("w+", encoding="utf-8") as output:
         process = subprocess.Popen(
             command,
@@ -69,6 +59,12 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
             process.stdout.close()
             status = process.wait(timeout=30)
     assert status == 0, log.read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with first_start(tmp_path_factory.mktemp("fathom-home")) as server:
+        yield server
 
 
 def client_python(requirement: str) -> Path:

@@ -19,6 +19,8 @@ from typing import Any
 import httpx
 import trustme
 
+from tests.processes import is_alive
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -89,14 +91,6 @@ def engine_pid(server: subprocess.Popen[str]) -> int:
     children = Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split()
     assert len(children) == 1
     return int(children[0])
-
-
-def is_alive(pid: int) -> bool:
-    status = Path(f"/proc/{pid}/status")
-    try:
-        return "State:\tZ" not in status.read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 def wait_until_gone(pid: int) -> None:

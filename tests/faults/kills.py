@@ -22,7 +22,8 @@ from pathlib import Path
 
 from tests.faults.bench import ENDLESS, expect
 from tests.faults.server_rows import is_free
-from tests.load.served import Served, is_alive, wait_until
+from tests.load.served import Served, wait_until
+from tests.processes import is_alive
 
 PHASES = ("import", "load", "idle", "busy")
 MAX_SECONDS = 5.0

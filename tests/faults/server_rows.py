@@ -19,8 +19,10 @@ from pathlib import Path
 
 from tests.faults.bench import ENDLESS, Bench, Row, brief, code_of, expect
 from tests.load.client import Address, Answer, ask
-from tests.load.served import ROOT, Served, chat_body, is_alive, served, wait_until
+from tests.load.served import ROOT, Served, address_in, chat_body, served, wait_until
+from tests.processes import is_alive
 
+SERVE = [sys.executable, "-m", "api", "serve", "--device", "cpu", "--threads", "1", "--port", "0"]
 LONG = {"max_tokens": 4000, **ENDLESS}
 
 
@@ -310,18 +312,7 @@ def closed_logs(bench: Bench) -> str:
     seen = []
     for name in ("closed after a line", "never read"):
         process = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "api",
-                "serve",
-                "--device",
-                "cpu",
-                "--threads",
-                "1",
-                "--port",
-                "0",
-            ],
+            SERVE,
             cwd=ROOT,
             env={**os.environ, "FATHOM_HOME": str(home), "PYTHONUNBUFFERED": "1"},
             stdin=subprocess.DEVNULL,
@@ -334,9 +325,7 @@ def closed_logs(bench: Bench) -> str:
             text = ""
             while "Ctrl-C" not in text and (line := process.stdout.readline()):
                 text += line
-            port = int(text.split("127.0.0.1:")[1].split("/")[0])
-            key = text.split("Bearer ")[1].split('"')[0]
-            address = Address("127.0.0.1", port, key)
+            address = address_in(text)
             if name == "closed after a line":
                 process.stdout.close()
                 body = chat_body(max_tokens=5)
@@ -369,18 +358,7 @@ def odd_surroundings(bench: Bench) -> str:
     log = home / "serve.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "api",
-                "serve",
-                "--device",
-                "cpu",
-                "--threads",
-                "1",
-                "--port",
-                "0",
-            ],
+            SERVE,
             cwd=cwd,
             env=environment,
             stdin=subprocess.DEVNULL,
@@ -391,8 +369,7 @@ def odd_surroundings(bench: Bench) -> str:
         wait_until(lambda: "Ctrl-C" in log.read_text(errors="replace") or process.poll(), 60)
         text = log.read_text(errors="replace")
         expect("Ctrl-C" in text, text)
-        port = int(text.split("127.0.0.1:")[1].split("/")[0])
-        address = Address("127.0.0.1", port, text.split("Bearer ")[1].split('"')[0])
+        address = address_in(text)
         answer = asyncio.run(ask(address, chat_body("你好", max_tokens=40)))
         process.send_signal(signal.SIGTERM)
         code = process.wait(20)

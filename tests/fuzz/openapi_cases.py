@@ -12,10 +12,7 @@ import argparse
 import base64
 import contextlib
 import json
-import os
 import random
-import re
-import signal
 import subprocess
 import sys
 import tempfile
@@ -30,7 +27,7 @@ import httpx
 from api.keys import KeyStore
 from runtime import Tokenizer
 from tests.api.scripted import TINY, engine_of, scripted_state, serve
-from tests.clients.conftest import ROOT, Served, client_python
+from tests.clients.conftest import Served, client_python, first_start
 
 SCHEMATHESIS = "schemathesis==4.32.5"
 PHASES = "coverage,fuzzing"
@@ -84,7 +81,11 @@ def main() -> int:
     print(f"{SCHEMATHESIS}, {options.cases} cases per operation, --seed {options.seed}", flush=True)
     with tempfile.TemporaryDirectory(prefix="fathom-openapi-") as name:
         folder = Path(name)
-        server = real_server(folder) if options.real else scripted_server(folder)
+        server = (
+            first_start(folder, "--max-model-len", "512")
+            if options.real
+            else scripted_server(folder)
+        )
         with server as served:
             status, output = run(python, served, folder, options.cases, options.seed)
         tallies = read_reports(folder)
@@ -105,40 +106,6 @@ def scripted_server(folder: Path) -> Iterator[Served]:
     engine_of(state).say("Hello, 你好 🙂")
     with serve(state) as base:
         yield Served(base, keys.create("fuzz"))
-
-
-@contextlib.contextmanager
-def real_server(folder: Path) -> Iterator[Served]:
-    """`fathom serve` with its embedded model. Fails if it does not end well."""
-    command = [sys.executable, "-m", "api", "serve", "--port", "0", "--device", "cpu"]
-    command += ["--threads", "1", "--max-model-len", "512"]
-    log = folder / "serve.log"
-    with log.open("w", encoding="utf-8") as errors:
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={**os.environ, "FATHOM_HOME": str(folder / "home"), "PYTHONUNBUFFERED": "1"},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-        )
-        assert process.stdout is not None
-        try:
-            text = ""
-            for line in process.stdout:
-                text += line
-                if "Ctrl-C" in line:
-                    break
-            base = re.search(r"http://127\.0\.0\.1:\d+/v1", text)
-            key = re.search(r"sk-[\w-]+", text)
-            assert base is not None and key is not None, text + log.read_text(encoding="utf-8")
-            yield Served(base[0], key[0])
-        finally:
-            process.send_signal(signal.SIGTERM)
-            process.stdout.close()
-            status = process.wait(timeout=60)
-    assert status == 0, log.read_text(encoding="utf-8")
 
 
 def run(python: Path, served: Served, folder: Path, num_cases: int, seed: int) -> tuple[int, str]:

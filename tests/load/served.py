@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.load.client import Address, Answer, ask
+from tests.processes import is_alive
 
 ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS = 60.0
@@ -49,11 +50,7 @@ class Served:
     def wait_for_banner(self) -> Address:
         """Where it listens and a key for it, once it is ready."""
         wait_until(lambda: "Ctrl-C" in self.read_log() or self.process.poll() is not None, 60)
-        text = self.read_log()
-        base = re.search(r"https?://([\d.]+):(\d+)/v1", text)
-        key = re.search(r"Bearer (sk-[\w-]+)", text)
-        assert base is not None, text
-        self.address = Address(base[1], int(base[2]), key and key[1])
+        self.address = address_in(self.read_log())
         return self.address
 
     @property
@@ -131,12 +128,12 @@ def chat_body(text: str = "hello", **fields: Any) -> dict[str, Any]:
     return {name: value for name, value in body.items() if value is not None}
 
 
-def is_alive(pid: int) -> bool:
-    """Whether the process is there and no zombie."""
-    try:
-        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return False
+def address_in(banner: str) -> Address:
+    """Where a server listens and the key that it printed."""
+    base = re.search(r"https?://([\d.]+):(\d+)/v1", banner)
+    key = re.search(r"Bearer (sk-[\w-]+)", banner)
+    assert base is not None, banner
+    return Address(base[1], int(base[2]), key and key[1])
 
 
 def wait_until(condition: Callable[[], object], seconds: float) -> float:

@@ -26,6 +26,7 @@ from runtime import (
     Generation,
     SamplingParams,
 )
+from tests.processes import is_alive
 from tests.runtime.engines import TINY, chats, make_engine
 from tests.runtime.faulty_engine import PROGRAM as FAULTY
 from tests.runtime.faulty_engine import Fault
@@ -172,7 +173,7 @@ def test_stop_leaves_no_process() -> None:
         client.submit([5] * 10, SamplingParams(max_tokens=400, ignore_eos=True))
         pid = engine_pid()
         await client.stop()
-        assert not is_running(pid)
+        assert not is_alive(pid)
 
     with_client(work)
 
@@ -240,27 +241,24 @@ def test_the_engine_leaves_when_its_server_is_killed(phase: str) -> None:
         pid = int(server.stdout.readline())
         assert server.stdout.readline() == b"now\n"
         time.sleep(0.2)
-        assert is_running(pid)
+        assert is_alive(pid)
         server.send_signal(signal.SIGKILL)
         deadline = time.monotonic() + 5
-        while is_running(pid):
+        while is_alive(pid):
             assert time.monotonic() < deadline, "the engine stays"
             time.sleep(0.02)
         os.killpg(server.pid, signal.SIGKILL)
 
 
 def child_pids() -> list[int]:
+    """Of this process, but for a server that tests of clients keep running."""
     tasks = Path("/proc/self/task").iterdir()
-    return [int(pid) for task in tasks for pid in (task / "children").read_text().split()]
+    pids = [pid for task in tasks for pid in (task / "children").read_text().split()]
+    return [
+        int(pid) for pid in pids if b"\0serve\0" not in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
 
 
 def engine_pid() -> int:
     [pid] = child_pids()
     return pid
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().split(")")[1].split()[0] != "Z"
-    except (ProcessLookupError, FileNotFoundError):
-        return False

@@ -33,6 +33,7 @@ from runtime import (
 from runtime.engine_config import EngineInfo
 from runtime.link import EngineLink
 from runtime.supervision import Restarts, Watchdog
+from tests.processes import is_alive
 from tests.runtime.scripted_engine import INFO, PROGRAM, Do
 
 QUICK = SupervisorPolicy(
@@ -94,14 +95,7 @@ def play(
             await work(client)
 
     asyncio.run(run())
-    assert not any(is_running(pid) for pid in script.pids())
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().split(")")[1].split()[0] != "Z"
-    except (ProcessLookupError, FileNotFoundError):
-        return False
+    assert not any(is_alive(pid) for pid in script.pids())
 
 
 async def read(generation: Generation) -> list[int]:
@@ -276,7 +270,7 @@ def test_the_first_engine_has_to_load(
 
     asyncio.run(run())
     assert len(script.pids()) == 1
-    assert not is_running(script.pids()[0])
+    assert not is_alive(script.pids()[0])
 
 
 def test_a_program_that_is_not_there_fails_the_start_in_one_line(tmp_path: Path) -> None:
@@ -602,7 +596,7 @@ def test_stop_works_in_every_state_and_leaves_nothing(
 
     asyncio.run(run())
     assert script.pids()
-    assert not any(is_running(pid) for pid in script.pids())
+    assert not any(is_alive(pid) for pid in script.pids())
 
 
 def test_a_cancelled_start_leaves_nothing(tmp_path: Path) -> None:
@@ -617,4 +611,4 @@ def test_a_cancelled_start_leaves_nothing(tmp_path: Path) -> None:
             await start
 
     asyncio.run(asyncio.wait_for(run(), 30))
-    assert not is_running(script.pids()[0])
+    assert not is_alive(script.pids()[0])
