@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.faults.engine import Fault
+from tests.faults.engine import Fault, Spoil
 from tests.load.client import Answer, ask
 from tests.load.served import Served, chat_body, served, wait_until
 
@@ -97,7 +97,7 @@ class Bench:
         wait_until(server.is_idle, 5)
 
 
-def chat_with(fault: Fault, **fields: Any) -> dict[str, Any]:
+def chat_with(fault: Fault | Spoil, **fields: Any) -> dict[str, Any]:
     """A request that brings a fault of the engine along, with a prompt of its own."""
     text = f"{fault.name.lower()} {time.monotonic_ns()}"
     return chat_body(text, **{"max_tokens": 200, **ENDLESS, "seed": int(fault), **fields})

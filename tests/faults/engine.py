@@ -10,10 +10,8 @@ from __future__ import annotations
 import enum
 import json
 import os
-import signal
 import socket
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,31 +22,28 @@ from torch import Tensor
 from runtime import Engine, EngineConfig
 from runtime.engine_process import main
 from runtime.scheduler import Plan
+from tests.runtime.faulty_engine import Fault, cause
 
 FAULT_AT = 3
 """Tokens of its answer that a request gets before its fault strikes."""
 
 
-class Fault(enum.IntEnum):
-    """Seeds of requests that bring a fault along."""
+class Spoil(enum.IntEnum):
+    """Seeds beside those of `Fault`: what goes wrong with numbers, pages and the wire."""
 
-    ROW = 9001  # its own parameters cannot be taken over
-    NAN = 9002  # its logits are NaN
-    INF = 9003
-    MINUS_INF = 9004
-    ALL_NAN = 9005  # from now on every row of every step is
-    STEP = 9006  # the step raises
-    OUT_OF_MEMORY = 9007
-    EXIT = 9008
-    SEGFAULT = 9009
-    HANG = 9010
-    SLOW = 9011  # one step takes two seconds
-    KILL_AT_START = 9012  # dies before its first token, each time
-    DIRTY_PAGES = 9013  # every page that nobody uses is filled with NaN
-    FREEZE = 9014  # stops itself, as a debugger would
-    GARBAGE = 9015  # writes nonsense to the server
-    HUGE_FRAME = 9016
-    TRUNCATED_FRAME = 9017
+    ROW = 9101  # its own parameters cannot be taken over
+    NAN = 9102  # its logits are NaN
+    INF = 9103
+    MINUS_INF = 9104
+    ALL_NAN = 9105  # from now on every row of every step is
+    KILL_AT_START = 9106  # dies before its first token, each time
+    DIRTY_PAGES = 9107  # every page that nobody uses is filled with NaN
+    GARBAGE = 9108  # writes nonsense to the server
+    HUGE_FRAME = 9109
+    TRUNCATED_FRAME = 9110
+
+
+FAULTS = {*Fault, *Spoil}
 
 
 class FaultyModel:
@@ -82,7 +77,7 @@ class FaultyRunner:
         start = self._runner.sampler.start
 
         def start_row(seq: Any) -> None:
-            if seq.params.seed == Fault.ROW:
+            if seq.params.seed == Spoil.ROW:
                 raise RecursionError("a fault of this row")
             start(seq)
 
@@ -95,43 +90,33 @@ class FaultyRunner:
         sampling = [chunk.seq for chunk in plan.chunks if chunk.samples]
         for chunk in plan.chunks:
             seq = chunk.seq
-            if seq.params.seed == Fault.KILL_AT_START:
+            if seq.params.seed == Spoil.KILL_AT_START:
                 os._exit(1)
-            is_due = len(seq.output_ids) >= FAULT_AT and seq.seq_id not in self._struck
-            if is_due and seq.params.seed in set(Fault):
-                self._struck.add(seq.seq_id)
-                self._strike(Fault(seq.params.seed), sampling.index(seq))
+            seed, is_due = seq.params.seed, len(seq.output_ids) >= FAULT_AT
+            if seed not in FAULTS or not is_due or seq.seq_id in self._struck:
+                continue
+            self._struck.add(seq.seq_id)
+            if seed in set(Fault):
+                cause(Fault(seed))
+            else:
+                self._strike(Spoil(seed), sampling.index(seq))
         return self._runner.launch(plan)
 
-    def _strike(self, fault: Fault, row: int) -> None:
+    def _strike(self, fault: Spoil, row: int) -> None:
         match fault:
-            case Fault.NAN | Fault.INF | Fault.MINUS_INF:
-                values = {Fault.NAN: "nan", Fault.INF: "inf", Fault.MINUS_INF: "-inf"}
+            case Spoil.NAN | Spoil.INF | Spoil.MINUS_INF:
+                values = {Spoil.NAN: "nan", Spoil.INF: "inf", Spoil.MINUS_INF: "-inf"}
                 self._model.spoilt = {row: float(values[fault])}
-            case Fault.ALL_NAN:
+            case Spoil.ALL_NAN:
                 self._model.is_broken = True
-            case Fault.STEP:
-                raise RuntimeError("CUDA error: device-side assert triggered")
-            case Fault.OUT_OF_MEMORY:
-                raise torch.OutOfMemoryError("CUDA out of memory")
-            case Fault.EXIT:
-                os._exit(3)
-            case Fault.SEGFAULT:
-                os.kill(os.getpid(), signal.SIGSEGV)
-            case Fault.HANG:
-                threading.Event().wait()
-            case Fault.SLOW:
-                time.sleep(2)
-            case Fault.FREEZE:
-                os.kill(os.getpid(), signal.SIGSTOP)
-            case Fault.GARBAGE:
+            case Spoil.GARBAGE:
                 os.write(self._sock, b"\x00\x00\x00\x04{..}")
-            case Fault.HUGE_FRAME:
+            case Spoil.HUGE_FRAME:
                 os.write(self._sock, b"\x40\x00\x00\x00")
-            case Fault.TRUNCATED_FRAME:
+            case Spoil.TRUNCATED_FRAME:
                 os.write(self._sock, b"\x00\x00\x00\x40{")
                 os._exit(0)
-            case Fault.DIRTY_PAGES:
+            case Spoil.DIRTY_PAGES:
                 pool = self._engine.scheduler.pool
                 for layer in self._runner.caches:
                     for cache in layer.values():

@@ -19,7 +19,7 @@ from tests.faults.bench import (
     replaced,
     together,
 )
-from tests.faults.engine import Fault
+from tests.faults.engine import Fault, Spoil
 from tests.faults.server import ERRORS, PLACES, fault
 from tests.load.client import ask
 from tests.load.served import chat_body, served, wait_until
@@ -52,7 +52,7 @@ def row_fault(bench: Bench) -> str:
     server = bench.server
     pid = server.engine_pid
     with bench.canary(server):
-        answer = asyncio.run(ask(server.address, chat_with(Fault.ROW)))
+        answer = asyncio.run(ask(server.address, chat_with(Spoil.ROW)))
     expect(code_of(answer) == "engine_error" and server.engine_pid == pid, brief(answer))
     return f"{brief(answer)}; same engine process; canary same"
 
@@ -70,7 +70,7 @@ def step_fault(bench: Bench) -> str:
             ]
             while sum(server.stats()["num_running"] for _ in range(1)) < 3:
                 await asyncio.sleep(0.02)
-            struck = asyncio.create_task(ask(server.address, chat_with(Fault.STEP)))
+            struck = asyncio.create_task(ask(server.address, chat_with(Fault.RAISE)))
             while server.stats()["num_running"] < 4 and not struck.done():
                 await asyncio.sleep(0.005)
             started = time.monotonic()
@@ -121,7 +121,7 @@ def breaker(bench: Bench) -> str:
 def poison(bench: Bench) -> str:
     """F05"""
     server = bench.fresh()
-    body = chat_with(Fault.KILL_AT_START)
+    body = chat_with(Spoil.KILL_AT_START)
     answers = []
     for _ in range(4):
         answers.append(asyncio.run(ask(server.address, body)))
@@ -174,7 +174,7 @@ def deaths(bench: Bench) -> str:
         if name == "SIGKILL":
             os.kill(pid, signal.SIGKILL)
         else:
-            kinds = {"SIGSEGV": Fault.SEGFAULT, "os._exit": Fault.EXIT, "SIGSTOP": Fault.FREEZE}
+            kinds = {"SIGSEGV": Fault.SEGFAULT, "os._exit": Fault.EXIT, "SIGSTOP": Fault.STOP}
             answer = asyncio.run(ask(server.address, chat_with(kinds[name])))
             expect(code_of(answer) in ENGINE_CODES, f"{name}: {brief(answer)}")
         seconds = replaced(server, pid)
@@ -187,7 +187,7 @@ def deaths(bench: Bench) -> str:
 def wire_faults(bench: Bench) -> str:
     """F10"""
     seen = []
-    for kind in (Fault.GARBAGE, Fault.HUGE_FRAME, Fault.TRUNCATED_FRAME):
+    for kind in (Spoil.GARBAGE, Spoil.HUGE_FRAME, Spoil.TRUNCATED_FRAME):
         server = bench.fresh()
         pid = server.engine_pid
         answer = asyncio.run(ask(server.address, chat_with(kind)))
@@ -216,11 +216,11 @@ def not_finite(bench: Bench) -> str:
     """F12"""
     server = bench.fresh()
     pid = server.engine_pid
-    kinds = (Fault.NAN, Fault.INF, Fault.MINUS_INF)
+    kinds = (Spoil.NAN, Spoil.INF, Spoil.MINUS_INF)
     with bench.canary(server):
         codes = [code_of(asyncio.run(ask(server.address, chat_with(kind)))) for kind in kinds]
     expect(codes == ["not_finite"] * 3 and server.engine_pid == pid, str(codes))
-    broken = [code_of(asyncio.run(ask(server.address, chat_with(Fault.ALL_NAN))))]
+    broken = [code_of(asyncio.run(ask(server.address, chat_with(Spoil.ALL_NAN))))]
     while server.engine_pid == pid and len(broken) < 10:
         broken.append(code_of(server.chat(max_tokens=5)))
     seconds = replaced(server, pid)
@@ -239,7 +239,7 @@ def dirty_pages(bench: Bench) -> str:
     server = bench.server
     with bench.canary(server):
         for _ in range(3):
-            answer = asyncio.run(ask(server.address, chat_with(Fault.DIRTY_PAGES)))
+            answer = asyncio.run(ask(server.address, chat_with(Spoil.DIRTY_PAGES)))
             expect(answer.whole, brief(answer))
     return "answers whole; canary same"
 

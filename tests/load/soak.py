@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.faults.bench import ENDLESS, chat_with, code_of
-from tests.faults.engine import Fault
+from tests.faults.engine import Fault, Spoil
 from tests.load.client import Address, ask, connect
 from tests.load.served import Served, chat_body, served
 from tests.runtime.engines import QUESTIONS
@@ -33,8 +33,8 @@ from tests.runtime.engines import QUESTIONS
 NUM_CLIENTS = 12
 MAX_SLOPE = 1.0
 """MB per hour by which memory may seem to grow."""
-IN_PLACE = (Fault.NAN, Fault.ROW, Fault.SLOW, Fault.OUT_OF_MEMORY, Fault.DIRTY_PAGES)
-REPLACING = (Fault.STEP, Fault.EXIT, Fault.SEGFAULT)
+IN_PLACE = (Spoil.NAN, Spoil.ROW, Fault.SLOW, Fault.OUT_OF_MEMORY, Spoil.DIRTY_PAGES)
+REPLACING = (Fault.RAISE, Fault.EXIT, Fault.SEGFAULT)
 ALLOWED = {200, 400, 413, 429, 500, 503}
 
 
@@ -135,7 +135,7 @@ class Soak:
     async def strike(self, minute: int) -> None:
         """This minute's fault."""
         if minute % 5 == 0:
-            fault: Fault | None = self.rng.choice(REPLACING)
+            fault: Fault | Spoil | None = self.rng.choice(REPLACING)
         elif minute % 5 == 3:
             fault = None
         else:
