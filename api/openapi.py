@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from api.schemas import INT32_MAX, MAX_LOGIT_BIAS, ChatRequest
+from api.fields import INT32_MAX
+from api.sampling_fields import MAX_LOGIT_BIAS
+from api.schemas import ChatRequest
 from runtime import INT64_MAX, INT64_MIN, MAX_STOP_CHARS, MAX_STOP_STRINGS
 
 Schema = dict[str, Any]

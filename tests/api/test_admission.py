@@ -12,10 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from api.chat import json_pieces, to_json
+from api.generating import json_pieces, to_json
 from api.limits import Limits
 from api.running import MAX_ENCODING, EncodingThreads
-from api.schemas import cache_namespace, parse_chat
+from api.sampling_fields import cache_namespace
+from api.schemas import parse_chat
 from api.state import ServerState
 from runtime import ChatPrompt, Tokenizer
 from tests.api.scripted import (

@@ -66,7 +66,7 @@ def install(control: str) -> None:
     chat, tokenizer, assembler = api.chat, Tokenizer, TextAssembler
     tokenizer.encode_chat = before("tokenizer", tokenizer.encode_chat, text_of)  # type: ignore
     tokenizer._render = before("template", tokenizer._render, text_of)  # type: ignore
-    chat.sampling_params = before("params", chat.sampling_params, lambda body, _: body.stop)  # type: ignore
+    chat.chat_sampling = before("params", chat.chat_sampling, lambda body, _: body.stop)  # type: ignore
     stops = lambda self, *_, **__: self._stops  # noqa: E731
     assembler.feed = before("detokenizer", assembler.feed, stops)  # type: ignore
     assembler._finish_section = before("stop", assembler._finish_section, stops)  # type: ignore

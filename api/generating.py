@@ -1,0 +1,172 @@
+"""What every route that generates has in common: admission, then a stream or one folded answer.
+
+One generator of chunks is behind both: a stream writes the chunks as events, a plain answer is
+folded from the very same chunks, so the two cannot drift apart.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Message
+
+from api.answer import Answer, Choice, Chunk
+from api.containment import contained
+from api.errors import envelope
+from api.guard import read_json
+from api.running import RunningRequest
+from api.sampling_fields import SamplingFields, cache_namespace
+from api.sse import DONE, KEEP_ALIVE, EventStream, frame, while_connected
+from api.state import ServerState
+from runtime import INT64_MAX, BadRequest, RequestError, SamplingParams, TextAssembler
+
+Chunks = AsyncGenerator[Chunk | None]
+Fold = Callable[[Chunks], Coroutine[Any, Any, dict[str, Any]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """What is left of a request once its choices are queued: nothing of its messages."""
+
+    answer: Answer
+    stream: bool
+    include_usage: bool
+
+
+Prepare = Callable[[ServerState, dict[str, Any], RunningRequest], Coroutine[Any, Any, Admitted]]
+"""Checks a body, encodes its prompt and queues its choices; raises `RequestError`."""
+
+
+async def generate(request: Request, prepare: Prepare, fold: Fold) -> Response:
+    """Admit the request, then stream or fold its answer; the status is sent only once admitted."""
+    state: ServerState = request.app.state.server
+
+    async def receive() -> Message:
+        message = await request.receive()
+        if message["type"] == "http.request" and not message.get("more_body", False):
+            # A server that has no time for a body must not spend any on parsing it.
+            state.check_open()
+            state.engine.check_room(1 + state.running.num_encoding)
+        return message
+
+    body = await read_json(request.scope, receive)
+    running = state.running.admit(request.scope, state.limits.request_seconds)
+    try:
+        preparing = prepare(state, body, running)
+        del body  # the answer may take long, and needs none of it
+        admitted = await while_connected(request.receive, preparing)
+        request.scope["held_body"].release()
+    except BaseException:
+        running.leave()
+        raise
+    answer = admitted.answer
+    if admitted.stream:
+        chunks = answer.chunks(include_usage=admitted.include_usage)
+        return EventStream(events(chunks, running), answer.close)
+    try:
+        folding = _folded(answer.chunks(include_usage=True), fold, running)
+        data = await while_connected(request.receive, folding)
+        return Response(data, media_type="application/json")
+    finally:
+        answer.close()
+
+
+def check_choices(state: ServerState, request: SamplingFields) -> None:
+    """Raises `BadRequest` for more choices than there is ever room for: waiting cannot help."""
+    max_num_seqs = state.engine.info.max_num_seqs
+    most = max_num_seqs + state.limits.queue
+    if request.num_choices > most:
+        raise BadRequest(
+            f"n is {request.num_choices}, but this server has room for {most} choices: "
+            f"{max_num_seqs} that run and {state.limits.queue} that wait. Ask for fewer.",
+            param="n",
+            code="invalid_value",
+        )
+
+
+def submit(
+    state: ServerState,
+    request: SamplingFields,
+    prompt_ids: list[int],
+    params: SamplingParams,
+    key_id: str | None,
+    *,
+    thinking: bool,
+) -> list[Choice]:
+    """Queue every choice of a request, or none. Raises what `EngineClient.submit` raises."""
+    choices: list[Choice] = []
+    namespace = cache_namespace(request, key_id)
+    try:
+        for index in range(request.num_choices):
+            own = params
+            if params.seed is not None and index:
+                # Choices differ, each reproducibly; past the largest seed they wrap around.
+                seed = (params.seed + index + INT64_MAX + 1) % 2**64 - INT64_MAX - 1
+                own = replace(params, seed=seed)
+            generation = state.engine.submit(
+                prompt_ids, own, namespace=namespace, priority=request.priority or 0
+            )
+            assembler = TextAssembler(state.tokenizer, own, thinking=thinking)
+            choices.append(Choice(index, generation, assembler, state.tokenizer))
+    except BaseException:
+        for choice in choices:
+            choice.generation.abort()
+        raise
+    return choices
+
+
+async def events(chunks: Chunks, running: RunningRequest) -> AsyncGenerator[bytes]:
+    """Chunks as server-sent events. A failure is an event of its own, and then no ``[DONE]``."""
+    try:
+        with contained(running.id):
+            async with aclosing(chunks):
+                async for chunk in chunks:
+                    yield KEEP_ALIVE if chunk is None else frame(chunk)
+            yield DONE
+    except RequestError as failure:
+        answer = envelope(failure)
+        running.record.outcome = answer["error"]["code"]
+        yield frame(answer)
+
+
+async def _folded(chunks: Chunks, fold: Fold, running: RunningRequest) -> bytes:
+    """The JSON of the one answer that the chunks of a stream add up to."""
+    with contained(running.id):
+        async with aclosing(chunks):
+            return "".join(json_pieces(await fold(chunks))).encode()
+
+
+class Json(str):
+    """Text that is JSON already."""
+
+
+def to_json(value: Any) -> Json:
+    return Json(json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")))
+
+
+def json_pieces(value: Any) -> Iterator[str]:
+    """The JSON of ``value``, in which a `Json` stands for itself."""
+    if isinstance(value, Json):
+        yield value
+    elif value and isinstance(value, dict):
+        opening = "{"
+        for name, item in value.items():
+            yield f"{opening}{to_json(name)}:"
+            yield from json_pieces(item)
+            opening = ","
+        yield "}"
+    elif value and isinstance(value, list):
+        opening = "["
+        for item in value:
+            yield opening
+            yield from json_pieces(item)
+            opening = ","
+        yield "]"
+    else:
+        yield to_json(value)
