@@ -295,7 +295,7 @@ class ModelRun:
             self.engine, self.passing, batch, context, params, self.part.device
         )
         read = self.floor.step_bytes(batch, mean_context)
-        least = read / ceilings_of(self.part)["copy_bytes_per_s"]
+        least = read / ceilings_of(self.part)["memory_bytes_per_s"]
         self.part.record(
             model=self.name,
             batch=batch,

@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu [--out DIR] [--minutes 10] [--only part ...]
 
-    ceilings   copy bandwidth, matmul rate, launch overhead; all else is a percent of these
+    ceilings   memory bandwidth, matmul rate, launch overhead; all else is a percent of these
     decode     whole engine steps and prompts of released models with random weights
     tests      pytest -m gpu
     kernels    every op of a step at released shapes

@@ -1,7 +1,7 @@
 """Times every op of a step at released shapes against what the machine can do.
 
 us        microseconds of one call, the median over replays of a graph of many calls
-percent   of the larger of: bytes / copy bandwidth, operations / matmul rate, one launch
+percent   of the larger of: bytes / memory bandwidth, operations / matmul rate, one launch
 torch     how many times as long torch's own call takes, in the same run
 invariant how many times as long the op takes when a row's bits must not follow the batch
 
@@ -26,7 +26,7 @@ def measure(part: Part, case: Case) -> None:
     ceilings = ceilings_of(part)
     work = case.prepare()
     least_of = {
-        "bandwidth": work.num_bytes / ceilings["copy_bytes_per_s"],
+        "bandwidth": work.num_bytes / ceilings["memory_bytes_per_s"],
         "matmul": work.flops / ceilings["matmul_flops_per_s"],
         "launch": ceilings["launch_s"],
     }

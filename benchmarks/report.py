@@ -23,7 +23,7 @@ def summary(results: dict[str, Any]) -> str:
     )
     if ceilings := results.get("ceilings"):
         lines.append(
-            f"ceilings: copy {ceilings['copy_bytes_per_s'] / 1e9:,.0f} GB/s, "
+            f"ceilings: memory {ceilings['memory_bytes_per_s'] / 1e9:,.0f} GB/s, "
             f"matmul {ceilings['matmul_flops_per_s'] / 1e12:,.1f} TFLOP/s, "
             f"launch {ceilings['launch_s'] * 1e6:.2f} us"
         )

@@ -272,7 +272,7 @@ class Tuning:
     def _least(self, work: Work) -> float:
         ceilings = ceilings_of(self.part)
         return max(
-            work.num_bytes / ceilings["copy_bytes_per_s"],
+            work.num_bytes / ceilings["memory_bytes_per_s"],
             work.flops / ceilings["matmul_flops_per_s"],
             ceilings["launch_s"],
         )

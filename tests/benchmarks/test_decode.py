@@ -23,7 +23,7 @@ PARAMS = SamplingParams(max_tokens=200, temperature=0.0, ignore_eos=True)
 @pytest.fixture
 def part(tmp_path: Path) -> Part:
     part = parse_part(None, ["--device", "cpu", "--tiny", "--rows", str(tmp_path / "rows")])
-    part.ceilings = {"copy_bytes_per_s": 1e10, "matmul_flops_per_s": 1e11, "launch_s": 1e-6}
+    part.ceilings = {"memory_bytes_per_s": 1e10, "matmul_flops_per_s": 1e11, "launch_s": 1e-6}
     return part
 
 

@@ -29,10 +29,10 @@ SCRIPTS = {
     "hangs": "time.sleep(600)",
     "dies": "os.kill(os.getpid(), signal.SIGSEGV)",
     "half": "rows.open('a').write('{\"half\": '); sys.exit(3)",
-    "ceilings": "record(copy_bytes_per_s=4e12, matmul_flops_per_s=8e14, launch_s=1e-6)",
+    "ceilings": "record(memory_bytes_per_s=4e12, matmul_flops_per_s=8e14, launch_s=1e-6)",
     "reads": (
         "path = pathlib.Path(sys.argv[sys.argv.index('--ceilings') + 1])\n"
-        "record(copy=json.loads(path.read_text())['copy_bytes_per_s'])"
+        "record(copy=json.loads(path.read_text())['memory_bytes_per_s'])"
     ),
     "forks": ("child = os.fork()\nif child == 0:\n    time.sleep(600)\nrecord(child=child)"),
 }

@@ -172,7 +172,7 @@ def test_a_winner_is_right_and_written(
     table.write_text("[[product]]\nuse = { BLOCK_N = 4 }\n")
     forget()
     part = parse_part(None, ["--device", "cpu", "--tiny"])
-    part.ceilings = {"copy_bytes_per_s": 1e10, "matmul_flops_per_s": 1e11, "launch_s": 1e-6}
+    part.ceilings = {"memory_bytes_per_s": 1e10, "matmul_flops_per_s": 1e11, "launch_s": 1e-6}
     log: list[int] = []
     target = Target("product", [launching_case(log)], points=(1, 2))
     Tuning(part, target, table).run()
