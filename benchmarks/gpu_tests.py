@@ -8,6 +8,7 @@ counts every few seconds, survive a run that is ended by force, as a report file
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from benchmarks.part import Part, parse_part
 
 ROWS_VARIABLE = "FATHOM_BENCHMARK_ROWS"
 FOLDERS = ["tests/kernels", "tests/runtime"]
+SERVER_TESTS = "tests/api/test_gpu.py"  # where what a server needs is installed
 NEEDS_SERVER = ["tests/runtime/test_corpus.py"]  # imports api, and holds no test marked gpu
 COUNT_SECONDS = 5.0
 MAX_FAILURES = 20  # rows; more are counted
@@ -80,7 +82,8 @@ def test_command(part: Part) -> list[str]:
         return [*command, "-n", "0", "tests/kernels/test_configs.py"]
     ignored = [f"--ignore={path}" for path in NEEDS_SERVER]
     parallel = ["-n", str(min(MAX_WORKERS, os.cpu_count() or 1)), "--dist", "worksteal", "--timeout-method", "thread"]
-    return [*command, "-m", "gpu", *parallel, "--continue-on-collection-errors", *ignored, *FOLDERS]
+    paths = [*FOLDERS, *([SERVER_TESTS] if importlib.util.find_spec("starlette") else [])]
+    return [*command, "-m", "gpu", *parallel, "--continue-on-collection-errors", *ignored, *paths]
 
 
 def main() -> int:
