@@ -22,7 +22,7 @@ from benchmarks.part import Part, parse_part
 
 ROWS_VARIABLE = "FATHOM_BENCHMARK_ROWS"
 FOLDERS = ["tests/kernels", "tests/runtime"]
-SERVER_TESTS = "tests/api/test_gpu.py"  # where what a server needs is installed
+SERVER_TESTS = "tests/load/test_gpu.py"  # where what a server needs is installed
 NEEDS_SERVER = ["tests/runtime/test_corpus.py"]  # imports api, and holds no test marked gpu
 COUNT_SECONDS = 5.0
 MAX_FAILURES = 20  # rows; more are counted
@@ -81,7 +81,8 @@ def test_command(part: Part) -> list[str]:
     if not part.on_gpu:
         return [*command, "-n", "0", "tests/kernels/test_configs.py"]
     ignored = [f"--ignore={path}" for path in NEEDS_SERVER]
-    parallel = ["-n", str(min(MAX_WORKERS, os.cpu_count() or 1)), "--dist", "worksteal", "--timeout-method", "thread"]
+    num_workers = min(MAX_WORKERS, os.cpu_count() or 1)
+    parallel = ["-n", f"{num_workers}", "--dist", "worksteal", "--timeout-method", "thread"]
     paths = [*FOLDERS, *([SERVER_TESTS] if importlib.util.find_spec("starlette") else [])]
     return [*command, "-m", "gpu", *parallel, "--continue-on-collection-errors", *ignored, *paths]
 
