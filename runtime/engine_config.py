@@ -92,9 +92,12 @@ class EngineConfig:
     def resolve_device(self) -> torch.device:
         """The device to run on. Raises `ConfigError` if a GPU was asked for and none is there."""
         if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
         device = torch.device(self.device)
-        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        if device.type == "cpu":
+            return device
+        device = torch.device("cuda", device.index or 0)  # torch's functions want the index
+        if device.index >= torch.cuda.device_count():
             raise ConfigError(
                 f"--device {self.device}: this machine shows {torch.cuda.device_count()} CUDA "
                 "devices to PyTorch; use --device cpu or install a CUDA build of torch"
