@@ -2,11 +2,13 @@
 
     python -m benchmarks.tune [op ...] [--minutes 10] [--table PATH]
 
-Ops: linear_gemv, linear_tile, linear_invariant, linear, paged_attention, grouped_linear,
-fp8_linear. From the configuration in force one setting is changed at a time, as long as that helps.
-Candidates that do not compile, spill registers or give another result are passed over. A winner is
-put into the table at once, on top of its op, with the facts it was measured for; where a fact is
-the number of rows, for the numbers up to it that have no row of their own.
+Ops: linear_gemv, linear_tile, linear_invariant, linear, paged_attention, combine_splits,
+grouped_linear, fp8_linear. From the configuration in force one setting is changed at a time, as
+long as that helps, judged by the geometric mean of the times of all cases of a target; targets
+share the time evenly. Candidates that do not compile, spill registers or give another result are
+passed over. A winner is put into the table at once, on top of its op, with the facts it was
+measured for; where a fact is the number of rows, for the numbers up to it that have no row of
+their own.
 """
 
 from __future__ import annotations
@@ -45,18 +47,33 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "UNROLL": (1, 2, 4),
     "GROUP_M": (1, 4, 8, 16),
     "SLICES": (1, 2, 4, 8, 16),
-    "SPLIT": (128, 256, 512, 1024, 2048),
     "body": ("gemv", "tile", "cublas"),
+}
+# of decodes; first what is not compiled in, so that many values are tried in little time
+ATTENTION_VALUES: dict[str, tuple[Any, ...]] = {
+    "SPLIT": (32, 64, 128, 256, 512),
+    "MAX_SPLITS": (16, 32, 64),
+    "BLOCK_N": (16, 32, 64, 128),
+    "num_stages": (1, 2, 3, 4),
+    "num_warps": (4, 8),
+    "BLOCK_M": (16, 32, 64),
+}
+COMBINE_VALUES: dict[str, tuple[Any, ...]] = {
+    "BLOCK_SPLITS": (8, 16, 32, 64),
+    "BLOCK_V": (64, 128, 256, 512),
+    "num_warps": (1, 2, 4, 8),
 }
 
 
 # -- the search ----------------------------------------------------------------------------------
 
 
-def values_of(key: str, value: Any) -> tuple[Any, ...]:
+def values_of(
+    key: str, value: Any, values: Mapping[str, tuple[Any, ...]] = VALUES
+) -> tuple[Any, ...]:
     """What else a setting may be: blocks go up and down by powers of two, some are not searched."""
-    if key in VALUES:
-        return tuple(other for other in VALUES[key] if other != value)
+    if key in values:
+        return tuple(other for other in values[key] if other != value)
     if key.startswith("BLOCK_"):
         return tuple(other for other in (value // 2, value * 2, value // 4, value * 4) if other)
     return ()
@@ -67,6 +84,7 @@ def search(
     measure: Callable[[Config], float],
     *,
     fixed: Sequence[str] = (),
+    values: Mapping[str, tuple[Any, ...]] = VALUES,
     is_over: Callable[[], bool] = lambda: False,
 ) -> tuple[Config, float]:
     """Change one setting at a time as long as that helps; the best configuration and its time.
@@ -75,15 +93,17 @@ def search(
         start: what to begin with.
         measure: time of a configuration, infinite if it does not work.
         fixed: settings to leave alone.
+        values: what settings may be; those named here are changed first, in this order.
         is_over: whether to stop with what was found so far.
     """
     best, best_time = start, measure(start)
     tried = {_frozen(start)}
+    keys = [key for key in values if key in start] + [key for key in start if key not in values]
     improved = True
     while improved and not is_over():
         improved = False
-        for key in [key for key in best if key not in fixed]:
-            for value in values_of(key, best[key]):
+        for key in [key for key in keys if key not in fixed]:
+            for value in values_of(key, best[key], values):
                 candidate = {**best, key: value}
                 if _frozen(candidate) in tried or is_over():
                     continue
@@ -111,6 +131,7 @@ class Target:
     forced: Mapping[str, Config] = field(default_factory=dict)
     points: tuple[int, ...] = ()  # the measured numbers of rows
     fixed: tuple[str, ...] = ()
+    values: Mapping[str, tuple[Any, ...]] = field(default_factory=lambda: VALUES)
 
     @property
     def label(self) -> Row:
@@ -125,6 +146,7 @@ class Target:
 
 GEMV_ROWS = (1, 2, 4)
 MODELS = ("r1_distill_qwen_7b", "r1_distill_llama_8b", "r1_distill_qwen_1.5b")
+LATENT_MODELS = ("v2_lite", "v3")
 
 
 def targets(op: str, maker: Maker) -> Iterator[Target]:
@@ -132,11 +154,19 @@ def targets(op: str, maker: Maker) -> Iterator[Target]:
     if op.startswith("linear"):
         yield from _linear_targets(op, maker)
     elif op == "paged_attention":
-        wanted = ("1x8k", "8x8k", "64x1k")
         for model in MODELS:
-            yield Target(op, _few(others.decode_attention(maker, model), wanted))
-        for model in ("v2_lite", "v3"):
-            yield Target(op, _few(others.latent_decode_attention(maker, model), wanted))
+            num_heads, num_kv_heads, _ = maker.heads(model)
+            values = attention_values(num_heads // num_kv_heads)
+            yield Target(op, list(others.decode_attention(maker, model)), values=values)
+        for model in LATENT_MODELS:
+            values = attention_values(maker.latent_heads(model)[0])
+            yield Target(op, list(others.latent_decode_attention(maker, model)), values=values)
+    elif op == "combine_splits":  # a launch for each size of values
+        for cases_of, model in (
+            (others.decode_attention, MODELS[0]),
+            (others.latent_decode_attention, LATENT_MODELS[0]),
+        ):
+            yield Target(op, list(cases_of(maker, model)), values=COMBINE_VALUES)
     elif op == "grouped_linear":
         for case in products.experts(maker, "v2_lite"):
             yield Target(op, [case], points=maker.grid.expert_rows)
@@ -176,14 +206,16 @@ def _linear_targets(op: str, maker: Maker) -> Iterator[Target]:
             raise KeyError(op)
 
 
-def _few(cases: Iterator[Case], wanted: Sequence[str]) -> list[Case]:
-    every = list(cases)
-    return [case for case in every if case.at in wanted] or every[:1]
+def attention_values(group_size: int) -> dict[str, tuple[Any, ...]]:
+    """What is tried for decodes: no tiles that queries of one KV head do not fill."""
+    rows = max(1 << (group_size - 1).bit_length(), 16)
+    blocks = tuple(size for size in ATTENTION_VALUES["BLOCK_M"] if size <= rows)
+    return {**ATTENTION_VALUES, "BLOCK_M": blocks}
 
 
 OPS = (
     *("linear_gemv", "linear_tile", "linear_invariant", "linear"),
-    *("paged_attention", "grouped_linear", "fp8_linear"),
+    *("paged_attention", "combine_splits", "grouped_linear", "fp8_linear"),
 )
 
 
@@ -191,10 +223,14 @@ OPS = (
 
 
 class Tuning:
-    """Measures candidates for one target and writes the winner into the table."""
+    """Measures candidates for one target and writes the winner into the table.
 
-    def __init__(self, part: Part, target: Target, table: Path) -> None:
+    Of the time that is left it takes one share in ``num_left``, the number of targets from it on.
+    """
+
+    def __init__(self, part: Part, target: Target, table: Path, num_left: int = 1) -> None:
         self.part, self.target, self.table = part, target, table
+        self.deadline = time.monotonic() + part.seconds_left / num_left
         self.seen: set[int] = set()
 
     def run(self) -> None:
@@ -223,10 +259,15 @@ class Tuning:
             times[_frozen(config)] = taken
             if not first:
                 first.extend(taken)
-            return statistics.mean(t / before for t, before in zip(taken, first, strict=True))
+            shares = [t / before for t, before in zip(taken, first, strict=True)]
+            return statistics.geometric_mean(shares)
 
         best, share = search(
-            start, measure, fixed=self.target.fixed, is_over=lambda: self.part.seconds_left <= 0
+            start,
+            measure,
+            fixed=self.target.fixed,
+            values=self.target.values,
+            is_over=lambda: time.monotonic() >= self.deadline,
         )
         if _frozen(start) not in times:
             raise RuntimeError(f"the configuration in force does not work: {start}")
@@ -234,12 +275,15 @@ class Tuning:
         percent = 100 * self._least(works[0]) / seconds
         kept = share < GAIN
         if kept:
-            self._write(facts, best, seconds, percent, first[0])
+            self._write(facts, best, seconds, percent, first[0], share)
         self.part.record(
             **self.target.label,
             use=best,
             us=seconds * 1e6,
             before_us=first[0] * 1e6,
+            share=share,
+            all_us=[1e6 * t for t in times[_frozen(best)]],
+            all_before_us=[1e6 * t for t in first],
             percent=percent,
             tried=len(times),
             written=kept,
@@ -278,7 +322,13 @@ class Tuning:
         )
 
     def _write(
-        self, facts: Facts, use: Config, seconds: float, percent: float, before: float
+        self,
+        facts: Facts,
+        use: Config,
+        seconds: float,
+        percent: float,
+        before: float,
+        share: float,
     ) -> None:
         when = when_of(dict(facts), self.target.points)
         day = datetime.datetime.now(datetime.UTC).date()
@@ -288,6 +338,8 @@ class Tuning:
             f"{day} {device}: {seconds * 1e6:.1f} us, {percent:.0f} % of ceiling, "
             f"was {before * 1e6:.1f} us ({case.model} {case.shape}, {case.at})"
         )
+        if (count := len(self.target.cases)) > 1:
+            note += f"; {count} cases took {100 * share:.0f} % of their time"
         text = self.table.read_text(encoding="utf-8")
         self.table.write_text(insert_row(text, self.target.op, when, use, note), encoding="utf-8")
         configs.table.cache_clear()  # the targets that follow build on it
@@ -316,9 +368,14 @@ def _agrees(actual: Tensor, wanted: Tensor) -> bool:
 
 def cases(part: Part, ops: Sequence[str], table: Path) -> Iterator[tuple[Row, Callable[[], None]]]:
     maker = Maker(part.device, part.dtype, TINY if part.tiny else FULL, part.tiny)
-    for op in ops:
-        for target in targets(op, maker):
-            yield target.label, lambda target=target: Tuning(part, target, table).run()
+    every = [target for op in ops for target in targets(op, maker)]
+    for index, target in enumerate(every):
+        left = len(every) - index
+
+        def run(target: Target = target, left: int = left) -> None:
+            Tuning(part, target, table, left).run()
+
+        yield target.label, run
 
 
 def main() -> int:

@@ -7,9 +7,9 @@
 
 A head dimension is MAIN + TAIL, so that 192 = 128 + 64 and 576 = 512 + 64 waste no lanes. For MLA
 all heads share one KV head whose values ARE the main part of its keys: pages are read once.
-Decodes are cut into splits of a fixed number of keys (arXiv:2311.01282, "flash decoding"), each
-leaves a partial output and its log-sum-exp, and a second kernel combines them. The split never
-follows the batch, so a row has the same bits in any company.
+Decodes are cut into splits of keys (arXiv:2311.01282, "flash decoding"), each leaves a partial
+output and its log-sum-exp, and a second kernel combines them. How long a split is follows from the
+row's own context, never from the batch, so a row has the same bits in any company.
 Graph-safe: lengths are read on the device, the grid follows from host-known limits, and programs
 past a sequence's end return. Keys past the context are masked at the load: pages may hold NaN.
 A decode's limits may exceed every context, and rows of context 0 are padding; their output is 0.
@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.batch import PagedBatch
-from kernels.combine_splits_triton import combine_splits
+from kernels.combine_splits_triton import combine_splits, keys_per_split, max_splits_of
 from kernels.configs import Fact, launch_config
 from kernels.dispatch import capability_of
 
@@ -38,7 +38,7 @@ MAX_PARTIAL_VALUES = 1 << 25
 @triton.jit(
     do_not_specialize=[
         *("first_seq", "num_tiles", "max_splits"),
-        *("context_above", "context_up_to", "table_stride"),
+        *("min_split", "split_limit", "context_above", "context_up_to", "table_stride"),
     ]
 )  # they change from step to step: a compilation for 1 or for multiples of 16 would stall one
 def paged_attention_kernel(
@@ -56,7 +56,9 @@ def paged_attention_kernel(
     first_seq,
     num_tiles,  # row tiles per sequence
     max_splits,
-    context_above,  # sequences with other contexts than (context_above, context_up_to] are skipped
+    min_split,  # keys of a split at least, of decodes
+    split_limit,  # splits of a row at most, of decodes
+    context_above,  # chunks with other contexts than (context_above, context_up_to] are skipped
     context_up_to,
     q_token_stride,
     q_head_stride,
@@ -69,7 +71,7 @@ def paged_attention_kernel(
     table_stride,
     GROUP: tl.constexpr,  # query heads per KV head
     PAGE_SIZE: tl.constexpr,
-    SPLIT: tl.constexpr,  # keys per split; 0: one program walks all keys
+    IS_DECODE: tl.constexpr,  # sequence i has one token, row i; else one program walks all keys
     PARTIAL: tl.constexpr,
     MAIN_DIM: tl.constexpr,
     MAIN_BLOCK: tl.constexpr,
@@ -83,27 +85,25 @@ def paged_attention_kernel(
     seq = first_seq + tl.program_id(0) // num_tiles
     tile = tl.program_id(0) % num_tiles
     kv_head = tl.program_id(1)
-    first_token = tl.load(cu_seqlens_ptr + seq)
-    num_tokens = tl.load(cu_seqlens_ptr + seq + 1) - first_token
-    context_len = tl.load(context_lens_ptr + seq)
     first_row = tile * BLOCK_M
-    if first_row >= num_tokens * GROUP:
-        return
-    if (context_len <= context_above) | (context_len > context_up_to):
-        return
-    first_position = context_len - num_tokens
-    # [start, end) keys of this program: no row of the tile sees past its last token
-    start = 0
-    end = tl.minimum(first_position + (first_row + BLOCK_M - 1) // GROUP + 1, context_len)
-    if SPLIT:
-        start = tl.program_id(2) * SPLIT
-        end = tl.minimum(start + SPLIT, end)
-        if PARTIAL & (start >= end):
+    context_len = tl.load(context_lens_ptr + seq)
+    if IS_DECODE:  # queries travel while the context is waited for
+        first_token = seq
+        num_tokens = 1
+    else:
+        first_token = tl.load(cu_seqlens_ptr + seq)
+        num_tokens = tl.load(cu_seqlens_ptr + seq + 1) - first_token
+        if first_row >= num_tokens * GROUP:
             return
+        if (context_len <= context_above) | (context_len > context_up_to):
+            return
+        # [start, end) keys of this program: no row of the tile sees past its last token
+        first_position = context_len - num_tokens
+        start = 0
+        end = tl.minimum(first_position + (first_row + BLOCK_M - 1) // GROUP + 1, context_len)
 
     rows = first_row + tl.arange(0, BLOCK_M)
     is_row = (rows < num_tokens * GROUP)[:, None]
-    positions = first_position + rows // GROUP
     tokens = (first_token + rows // GROUP).to(tl.int64)
     heads = kv_head * GROUP + rows % GROUP
     main = tl.arange(0, MAIN_BLOCK)
@@ -119,15 +119,24 @@ def paged_attention_kernel(
             mask=is_row & (tail < TAIL_DIM)[None, :],
             other=0.0,
         )
+
+    if IS_DECODE:
+        split = keys_per_split(context_len, min_split, split_limit, BLOCK_N)
+        start = tl.program_id(2) * split
+        end = tl.minimum(start + split, context_len)
+        if PARTIAL & (start >= end):
+            return
+    else:
+        positions = first_position + rows // GROUP
     columns = tl.arange(0, V_BLOCK)
     highest = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((BLOCK_M,), dtype=tl.float32)
     out = tl.zeros((BLOCK_M, V_BLOCK), dtype=tl.float32)
     # chunks: every row of the tile sees all keys of [start, whole), so that no mask is needed there
     whole = start
-    if not SPLIT:
+    if not IS_DECODE:
         whole = tl.minimum(first_position + first_row // GROUP + 1, end) // BLOCK_N * BLOCK_N
-    for is_masked in tl.static_range(1 if SPLIT else 0, 2):
+    for is_masked in tl.static_range(1 if IS_DECODE else 0, 2):
         first_key = whole if is_masked else start
         last_key = end if is_masked else whole
         for block_start in range(first_key, last_key, BLOCK_N):
@@ -156,7 +165,9 @@ def paged_attention_kernel(
                 scores = tl.dot(q_tail, k_tail, scores, input_precision="ieee")
             scores = scores * scale_log2
             if is_masked:
-                seen = is_key[None, :] & (keys[None, :] <= positions[:, None])
+                seen = is_key[None, :]
+                if not IS_DECODE:
+                    seen = seen & (keys[None, :] <= positions[:, None])
                 scores = tl.where(seen, scores, float("-inf"))
             # every row sees the first key of [start, end): the maximum is finite from then on
             new_highest = tl.maximum(highest, tl.max(scores, axis=1))
@@ -175,7 +186,7 @@ def paged_attention_kernel(
             out = tl.dot(weights.to(v.dtype), v, out * shrink[:, None], input_precision="ieee")
             highest = new_highest
 
-    if SPLIT and not PARTIAL:  # a padding row without context has met no key; its output is 0
+    if IS_DECODE and not PARTIAL:  # a padding row without context has met no key; its output is 0
         total = tl.where(total > 0, total, 1.0)
     out = out / total[:, None]
     num_heads = tl.num_programs(1) * GROUP
@@ -213,7 +224,12 @@ def attention_config(
 ) -> dict[str, int]:
     """Blocks, warps and stages of a launch. ``capability`` is 90 for sm_90."""
     table = launch_config("paged_attention", **attention_facts(shape, dtype, capability, is_decode))
-    return {"SPLIT": 0, **shape_constants(shape), **table}
+    return {"SPLIT": 0, "MAX_SPLITS": 0, "IS_DECODE": is_decode, **shape_constants(shape), **table}
+
+
+def kernel_constants(config: dict[str, int]) -> dict[str, int]:
+    """What of a launch's configuration is compiled in; how keys are split is not."""
+    return {key: value for key, value in config.items() if key not in ("SPLIT", "MAX_SPLITS")}
 
 
 def attention_facts(
@@ -265,11 +281,11 @@ def attend_decodes(
     """Rows [0, num_decodes) of ``out`` [num_tokens, num_heads, v_dim]."""
     capability = capability_of(heads.q.device)
     config = attention_config(shape, heads.q.dtype, capability, is_decode=True)
-    max_splits = triton.cdiv(batch.max_context_len, config["SPLIT"])
+    max_splits = max_splits_of(config, batch.max_context_len)
     num_tiles = triton.cdiv(shape.group_size, config["BLOCK_M"])
     if max_splits == 1:
         grid = (0, batch.num_decodes, num_tiles, 1)
-        _launch(heads, batch, scale, config, out, None, grid, range(NO_LIMIT))
+        _launch(heads, batch, scale, config, out, None, grid)
         return
     num_heads = heads.q.shape[1]
     at_once = decodes_at_once(num_heads * max_splits * shape.v_dim)
@@ -295,7 +311,7 @@ def decodes_at_once(values_per_decode: int) -> int:
 
 
 def _decode_rows(heads: PagedHeads, first: int, last: int) -> PagedHeads:
-    """Decodes [first, last) alone. Row i of any decodes is token i, so ``cu_seqlens_q`` stays."""
+    """Decodes [first, last) alone; where their tokens sit needs no ``cu_seqlens_q``."""
     return replace(
         heads,
         q=heads.q[first:last],
@@ -349,6 +365,8 @@ def _launch(
         first_seq,
         num_tiles,
         max_splits,
+        config["SPLIT"],
+        config["MAX_SPLITS"],
         contexts.start - 1,
         contexts.stop - 1,
         q.stride(0),
@@ -362,5 +380,5 @@ def _launch(
         heads.block_table.stride(0),
         PAGE_SIZE=k.shape[1],
         PARTIAL=lse is not None,
-        **config,
+        **kernel_constants(config),
     )

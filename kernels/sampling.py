@@ -2,7 +2,8 @@
 
     logits [num_rows, vocab], any float dtype; columns >= vocab_size are padding and never drawn
 
-    l  = float32(logits) + bias                                   -inf bans a token
+    l  = float32(logits), -inf where a mask does not allow the token
+    l += bias                                                     -inf bans a token
     l  = l / r if l > 0 else l * r      where the token was generated (repetition penalty r)
     l -= frequency * count + presence * (count > 0)               counts of generated tokens
     temperature 0: the largest l, lowest id first
@@ -57,8 +58,10 @@ class SamplingBatch:
     rows: Tensor | None = None  # [num_rows] int64, rows of output_counts; below 0: a padding row
     bias_ids: Tensor | None = None  # [num_rows, max_bias] int64, an id once per row; -1 is unused
     bias_values: Tensor | None = None  # [num_rows, max_bias] fp32, -inf bans
-    any_top_k: bool = True  # with any_filter: some row may use top_k; False saves 4 launches
-    any_top_p: bool = True  # with any_filter: some row may use top_p; False saves 4 launches
+    masks: Tensor | None = None  # [num_masks, ceil(vocab_size / 32)] int32; bit id % 32 allows id
+    mask_rows: Tensor | None = None  # [num_rows] int32, rows of masks; below 0: all is allowed
+    any_top_k: bool = True  # with any_filter: some row may use top_k; False saves 5 launches
+    any_top_p: bool = True  # with any_filter: some row may use top_p; False saves 5 launches
     num_logprobs: int = -1  # -1: no log-probabilities; else how many of the largest to report
 
 
@@ -85,7 +88,8 @@ def sample(logits: Tensor, batch: SamplingBatch) -> Sampled:
     Returns:
         The drawn ids, and log-probabilities if ``batch.num_logprobs >= 0``. A row that holds a NaN
         or an infinity below vocab_size, before bias and penalties, draws -1 and changes no bit of
-        the other rows. Clamp -1 before it indexes anything.
+        the other rows. Clamp -1 before it indexes anything. A mask or bans that leave nothing make
+        a row draw some id or other.
     """
     num_rows = logits.shape[0]
     if num_rows == 0:
@@ -153,12 +157,12 @@ def _choose(adjusted: Tensor, batch: SamplingBatch) -> Tensor:
 
 
 def _adjust(raw: Tensor, batch: SamplingBatch) -> Tensor:
-    """Return ``raw`` [num_rows, vocab_size] with bias and penalties, itself if there are none."""
-    logits = raw
+    """Return ``raw`` [num_rows, vocab_size] with mask, bias and penalties, or itself."""
+    logits = raw if batch.masks is None else _mask(raw, batch)
     if batch.bias_ids is not None and batch.bias_values is not None:
         used = (batch.bias_ids >= 0) & (batch.bias_ids < batch.vocab_size)
         values = batch.bias_values.masked_fill(~used, 0.0)
-        logits = raw.scatter_add(1, batch.bias_ids.masked_fill(~used, 0), values)
+        logits = logits.scatter_add(1, batch.bias_ids.masked_fill(~used, 0), values)
     if batch.output_counts is None or batch.rows is None:
         return logits
     counts = batch.output_counts[batch.rows, : batch.vocab_size]  # [num_rows, vocab_size]
@@ -172,6 +176,16 @@ def _adjust(raw: Tensor, batch: SamplingBatch) -> Tensor:
     if batch.presence is not None:
         logits = logits - batch.presence.unsqueeze(1) * seen
     return logits
+
+
+def _mask(raw: Tensor, batch: SamplingBatch) -> Tensor:
+    """Return a copy of ``raw`` [num_rows, vocab_size] with -inf for what masks do not allow."""
+    assert batch.masks is not None and batch.mask_rows is not None
+    rows = (batch.mask_rows >= 0).nonzero().squeeze(1)
+    words = batch.masks[batch.mask_rows[rows].long()]
+    bits = words.unsqueeze(2) >> torch.arange(32, dtype=torch.int32) & 1
+    allowed = bits.flatten(1)[:, : batch.vocab_size].bool()  # [num_masked_rows, vocab_size]
+    return raw.index_copy(0, rows, raw[rows].masked_fill(~allowed, float("-inf")))
 
 
 def _draw(logits: Tensor, batch: SamplingBatch, rows: Tensor) -> Tensor:
@@ -249,7 +263,9 @@ def _cut(
     mass = scaled.exp_().cumsum(1, dtype=torch.float64)  # [num_rows, num_candidates]
     last_by_k = (top_k.long() - 1).clamp(min=0, max=num_candidates - 1).unsqueeze(1)
     cut_by_k = largest.gather(1, last_by_k)
-    num_by_k = (largest >= cut_by_k).sum(dim=1, keepdim=True).clamp(min=1)  # with ties
+    # with ties, unless they are banned: those weigh nothing however many there are
+    is_by_k = (largest >= cut_by_k) & (largest > float("-inf"))
+    num_by_k = is_by_k.sum(dim=1, keepdim=True).clamp(min=1)
     by_k, by_p = (top_k > 0).unsqueeze(1), (top_p < 1).unsqueeze(1)
     total = torch.where(
         by_k, mass.gather(1, num_by_k - 1), _mass_after_block(_blocks(weights))[:, -1:]

@@ -5,15 +5,16 @@ Mass is counted in integers: a weight w in [0, 1] is the nearest multiple of 2^-
 left for the vocabulary and a sum is exact, the same in any order and for any cut into blocks.
 
 A threshold is the largest key whose tail (all keys at or above it) still holds ``remaining``: so
-many tokens for top-k, so much mass for top-p. Keys are uint32 in the order of the logits. The
-search fixes them one byte a launch, from the top: programs add the tokens whose upper bytes are
-already right to 256 bins, and the next launch takes the largest byte
+many tokens for top-k, so much mass for top-p. Keys are uint32 in the order of the logits, and above
+their four bytes stands a fifth in the same order: how near the logit is to the row's largest, 255
+down to 0. The search fixes them one byte a launch, from the top: programs add the tokens whose
+upper bytes are already right to 256 bins, and the next launch takes the largest byte
 
     d with  bins[d] + ... + bins[255] >= remaining,    remaining -= bins[d + 1] + ... + bins[255]
 
-so four launches find a key. 256 bins are a 16 x 16 product of a byte's halves, each as one-hot rows
-[16, CHUNK] x [CHUNK, 16], for the tensor cores: an amount travels in pieces of 11 bits, which fp16
-holds exactly, and up to 2^13 of them add up exactly in fp32.
+so five launches find a key. The bins are integers in memory and tokens are added by atomics, exact
+in any order. Logits share the upper byte of their keys, and would all wait for a few bins; the
+nearness spreads them over many, and later bytes only count tokens of one nearness.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ import triton
 import triton.language as tl
 
 NUM_BINS = 256
-NUM_LEVELS = 4  # bytes of a key
-# of one level: the bins, then the upper bytes of the key and what remained when the level began
+NUM_LEVELS = 5  # nearness, then the bytes of a key
+# of one level: the bins, then the bytes known and what remained when the level began
 LEVEL_SIZE = NUM_BINS + 2
 EMPTY = -(2**63)  # a ranked token below every other
 NOT_FINITE = 2**63 - 1  # above every other: marks a block whose raw logits are not all finite
@@ -34,8 +35,9 @@ _LEVEL_SIZE = tl.constexpr(LEVEL_SIZE)
 _EMPTY = tl.constexpr(EMPTY)
 _LAST_ID = tl.constexpr(2**31 - 1)
 _UNITS = tl.constexpr(float(2**40))  # of a weight of 1
-_PIECE_BITS = tl.constexpr(11)
-_PIECE_MASK = tl.constexpr(2**11 - 1)
+# Steps of nearness that the weight falls by a factor of e in, or the logit by 1 for top-k. Nearness
+# 0 is a weight below exp(-31.8): 0 units, which end at exp(-28.4).
+_STEPS = tl.constexpr(8.0)
 
 
 @triton.jit
@@ -108,6 +110,17 @@ def kept_units(logits, largest, temperature, floor, min_p):
 
 
 @triton.jit
+def _nearness(logits, largest, scale):
+    """255 at the largest, down by 1 for each 1 / ``scale``, and never below 0.
+
+    In the order of the logits: differences, products and int() are rounded in that order.
+    """
+    distances = (largest - logits) * scale
+    distances = tl.where(distances < 255.0, distances, 255.0)  # NaN is not below
+    return 255 - tl.where(logits == largest, 0.0, distances).to(tl.int32)  # also of two infinities
+
+
+@triton.jit
 def _level_ptr(search_ptr, row, level, BY_MASS: tl.constexpr):
     return search_ptr + ((row * 2 + BY_MASS) * _NUM_LEVELS + level) * _LEVEL_SIZE
 
@@ -121,8 +134,8 @@ def clear_bins(search_ptr, row, block, num_blocks):
 
 
 @triton.jit
-def _next_byte(search_ptr, row, level, wanted, BY_MASS: tl.constexpr):
-    """The key down to the byte of ``level``, whose bins are full, and what remains below it.
+def _next_byte(search_ptr, row, level, wanted, vocab_size, BY_MASS: tl.constexpr):
+    """The bytes down to that of ``level``, whose bins are full, and what remains below it.
 
     ``wanted``: how many tokens (int32), or which share of the mass (fp32).
     """
@@ -130,32 +143,35 @@ def _next_byte(search_ptr, row, level, wanted, BY_MASS: tl.constexpr):
     values = tl.arange(0, _NUM_BINS)
     bins = tl.load(level_ptr + values)
     if level == 0:
-        key = tl.zeros((), dtype=tl.int64)
+        known = tl.zeros((), dtype=tl.int64)
         total = tl.sum(bins, axis=0)
         if BY_MASS:
             share = wanted.to(tl.float64) * total.to(tl.float64)
             remaining = tl.ceil(share).to(tl.int64)
         else:
-            remaining = tl.minimum(wanted.to(tl.int64), total)
+            bins = tl.where(values == 0, vocab_size - total, bins)  # those that nobody counted
+            remaining = tl.minimum(wanted, vocab_size).to(tl.int64)
         remaining = tl.maximum(remaining, 1)  # the largest stays
     else:
-        key = tl.load(level_ptr + _NUM_BINS)
+        known = tl.load(level_ptr + _NUM_BINS)
         remaining = tl.load(level_ptr + _NUM_BINS + 1)
     tails = tl.cumsum(bins, axis=0, reverse=True)
     byte = tl.sum((tails >= remaining).to(tl.int32), axis=0) - 1
     remaining -= tl.sum(tl.where(values > byte, bins, 0), axis=0)
-    return key * _NUM_BINS + byte, remaining
+    return known * _NUM_BINS + byte, remaining
 
 
 @triton.jit
-def floor_of_row(search_ptr, row, top_k, top_p, ANY_TOP_K: tl.constexpr, ANY_TOP_P: tl.constexpr):
+def floor_of_row(
+    search_ptr, row, top_k, top_p, vocab_size, ANY_TOP_K: tl.constexpr, ANY_TOP_P: tl.constexpr
+):
     """The lowest key that top-k and top-p keep, once all their launches are done."""
     floor = tl.zeros((), dtype=tl.int64)
     if ANY_TOP_K and top_k > 0:
-        floor, _ = _next_byte(search_ptr, row, _NUM_LEVELS - 1, top_k, False)
+        floor, _ = _next_byte(search_ptr, row, _NUM_LEVELS - 1, top_k, vocab_size, False)
     if ANY_TOP_P and top_p < 1:  # found among what top-k keeps
-        floor, _ = _next_byte(search_ptr, row, _NUM_LEVELS - 1, top_p, True)
-    return floor.to(tl.uint32)
+        floor, _ = _next_byte(search_ptr, row, _NUM_LEVELS - 1, top_p, vocab_size, True)
+    return floor.to(tl.uint32)  # without the nearness
 
 
 @triton.jit(do_not_specialize=["level"])
@@ -169,14 +185,14 @@ def search_kernel(
     logits_stride,
     vocab_size,
     num_blocks,
-    level,  # the byte of the key that this launch counts; 0 is the uppermost
+    level,  # the byte that this launch counts; 0 is the nearness
     BY_MASS: tl.constexpr,  # top-p; else top-k
     ANY_TOP_K: tl.constexpr,
     BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr,
     BLOCKS: tl.constexpr,  # num_blocks, rounded up to a power of two
+    SPAN: tl.constexpr,  # blocks of a program
 ):
-    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * SPAN
     temperature = tl.load(temperature_ptr + row)
     top_k = tl.load(top_k_ptr + row)
     top_p = tl.load(top_p_ptr + row)
@@ -185,43 +201,40 @@ def search_kernel(
     if not (is_used & (temperature > 0) & (largest > float("-inf"))):
         return
     wanted = top_p if BY_MASS else top_k
-    known = tl.zeros((), dtype=tl.int64)  # the upper bytes of the key
+    scale = _STEPS / temperature if BY_MASS else _STEPS
+    level_ptr = _level_ptr(search_ptr, row, level, BY_MASS)
+    known = tl.zeros((), dtype=tl.int64)  # the upper bytes
     floor = tl.zeros((), dtype=tl.uint32)
     if level > 0:
-        known, remaining = _next_byte(search_ptr, row, level - 1, wanted, BY_MASS)
-        if block == 0:
-            level_ptr = _level_ptr(search_ptr, row, level, BY_MASS)
+        known, remaining = _next_byte(search_ptr, row, level - 1, wanted, vocab_size, BY_MASS)
+        if first == 0:
             tl.store(level_ptr + _NUM_BINS, known)
             tl.store(level_ptr + _NUM_BINS + 1, remaining)
     elif BY_MASS and ANY_TOP_K:
         # later bytes need no floor: the share of what top-k left ends above what it removed
-        floor = floor_of_row(search_ptr, row, top_k, 1.0, True, False)
-    known = known.to(tl.uint32)
-    shift = (24 - 8 * level).to(tl.uint32)
-    block_key = ranked_key(tl.load(best_ptr + row * num_blocks + block))
-    if ((block_key >> shift) >> 8 < known) | (block_key < floor):
-        return  # nothing here counts
-    halves = tl.arange(0, 16)
-    bins = tl.zeros((16, 16), dtype=tl.int64)
-    for start in range(0, BLOCK, CHUNK):
-        ids = block * BLOCK + start + tl.arange(0, CHUNK)
-        logits = load_logits(logits_ptr + row * logits_stride, ids, vocab_size)
-        keys = _key_of_ordered(_ordered(logits))
-        counted = (ids < vocab_size) & ((keys >> shift) >> 8 == known) & (keys >= floor)
-        byte = ((keys >> shift) & 255).to(tl.int32)
-        is_high = (byte >> 4)[None, :] == halves[:, None]  # [16, CHUNK]
-        is_low = ((byte & 15)[:, None] == halves[None, :]).to(tl.float16)  # [CHUNK, 16]
-        if BY_MASS:
-            units = (weigh(logits, largest, temperature) * _UNITS + 0.5).to(tl.int64)
-            units = tl.where(counted, units, 0)
-            for piece in tl.static_range(4):
-                part = ((units >> (piece * _PIECE_BITS)) & _PIECE_MASK).to(tl.float16)
-                rows = tl.where(is_high, part[None, :], 0.0)
-                sums = tl.dot(rows, is_low, input_precision="ieee")
-                bins += sums.to(tl.int64) << (piece * _PIECE_BITS)
-        else:
-            rows = (is_high & counted[None, :]).to(tl.float16)
-            bins += tl.dot(rows, is_low, input_precision="ieee").to(tl.int64)
-    values = halves[:, None] * 16 + halves[None, :]
-    level_ptr = _level_ptr(search_ptr, row, level, BY_MASS)
-    tl.atomic_add(level_ptr + values, bins, mask=bins > 0, sem="relaxed")
+        floor = floor_of_row(search_ptr, row, top_k, 1.0, vocab_size, True, False)
+    shift = 8 * (_NUM_LEVELS - 1 - level)
+    lowest = tl.where(level == 0, 1, 0)  # nobody counts nearness 0
+    for block in range(first, tl.minimum(first + SPAN, num_blocks)):
+        best = tl.load(best_ptr + row * num_blocks + block)
+        best_key, best_near = ranked_key(best), _nearness(ranked_logit(best), largest, scale)
+        best_bytes = ((best_near.to(tl.int64) << 32) | best_key.to(tl.int64)) >> shift
+        if (best_bytes >> 8 >= known) & (best_key >= floor) & (best_near >= lowest):
+            ids = block * BLOCK + tl.arange(0, BLOCK)
+            logits = load_logits(logits_ptr + row * logits_stride, ids, vocab_size)
+            keys, near = _key_of_ordered(_ordered(logits)), _nearness(logits, largest, scale)
+            upper = ((near.to(tl.int64) << 32) | keys.to(tl.int64)) >> shift
+            counted = (upper >> 8 == known) & (keys >= floor) & (near >= lowest)
+            counted &= ids < vocab_size
+            if BY_MASS:
+                amounts = (weigh(logits, largest, temperature) * _UNITS + 0.5).to(tl.int64)
+            else:
+                amounts = tl.full((BLOCK,), 1, dtype=tl.int64)
+            amounts = tl.where(counted, amounts, 0)
+            bins = (upper & 255).to(tl.int32)
+            # one sum for the bin of the best, so that ties, however many, do not queue for it
+            best_bin = (best_bytes & 255).to(tl.int32)
+            together = tl.sum(tl.where(bins == best_bin, amounts, 0), axis=0)
+            tl.atomic_add(level_ptr + best_bin, together, mask=together > 0, sem="relaxed")
+            apart = (amounts > 0) & (bins != best_bin)
+            tl.atomic_add(level_ptr + bins, amounts, mask=apart, sem="relaxed")

@@ -5,14 +5,14 @@ A pass over the vocabulary is spread over (row, block of ids) programs, so that 
 whole chip; between passes a launch ends. What the next launch needs is one number per block, or the
 bins of ``kernels.sampling_search_triton``, which also says how a threshold is found.
 
-    launches                            reads of a row's logits (+ one write with bias or penalties)
+    launches                            reads of a row's logits (+ one write if they are adjusted)
     greedy                 2            1
     plain, or min-p only   3            2 and one block
-    top-p or top-k         7            6 and one block
-    both                  11           10 and one block
+    top-p or top-k         8            7 and one block
+    both                  13           12 and one block
     log-probabilities     +1, +2 with top ids: none, or 1
 
-A flag that is set without need costs its 4 launches, which return at once, and changes no bit.
+A flag that is set without need costs its 5 launches, which return at once, and changes no bit.
 After the first, a pass skips the blocks whose largest logit lies below what it looks for. A logit
 is 4 bytes in fp32: 0.6 MB a pass for 152k ids, which the L2 cache keeps.
 A block whose raw logits are not all finite says so in place of its largest, and that is above every
@@ -76,7 +76,7 @@ def _add_bias(logits, ids, block, row, bias_ids_ptr, bias_values_ptr, max_bias, 
 @triton.jit(do_not_specialize=["max_bias"])
 def block_best_kernel(
     logits_ptr,  # [num_rows, vocab] any float
-    adjusted_ptr,  # [num_rows, vocab_size] fp32, out; None without bias and counts
+    adjusted_ptr,  # [num_rows, vocab_size] fp32, out; None without masks, bias and counts
     best_ptr,  # [num_rows, num_blocks] int64, out: the first of the adjusted logits or NOT_FINITE
     raw_sums_ptr,  # [num_rows, 2, num_blocks] fp32, out: largest m, sum of exp(l - m); or None
     search_ptr,  # [num_rows, 2, NUM_LEVELS, LEVEL_SIZE] int64, cleared; None without top-k, top-p
@@ -87,11 +87,14 @@ def block_best_kernel(
     repetition_ptr,  # [num_rows] fp32
     bias_ids_ptr,  # [num_rows, max_bias] int64, -1 unused
     bias_values_ptr,  # [num_rows, max_bias] fp32
+    masks_ptr,  # [num_masks, masks_stride] int32, a bit per id; or None
+    mask_rows_ptr,  # [num_rows] int32, below 0: no mask
     logits_stride,
     count_stride,
     vocab_size,
     num_blocks,
     max_bias,
+    masks_stride,
     BLOCK: tl.constexpr,
 ):
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -108,6 +111,11 @@ def block_best_kernel(
         tl.store(raw_sums_ptr + num_blocks, tl.sum(tl.exp(logits - reference), axis=0))
     if bias_ids_ptr is not None:
         logits = _add_bias(logits, ids, block, row, bias_ids_ptr, bias_values_ptr, max_bias, BLOCK)
+    if masks_ptr is not None:  # whatever the bias: what is -inf stays so
+        mask_row = tl.load(mask_rows_ptr + row).to(tl.int64)
+        is_masked = (ids < vocab_size) & (mask_row >= 0)
+        words = tl.load(masks_ptr + mask_row * masks_stride + ids // 32, mask=is_masked, other=-1)
+        logits = tl.where((words >> (ids % 32)) & 1 == 1, logits, float("-inf"))
     if counts_ptr is not None:
         count_row = tl.load(rows_ptr + row)
         counted = (ids < vocab_size) & (count_row >= 0)
@@ -149,7 +157,15 @@ def block_mass_kernel(
     largest = ranked_logit(best_of_row(best_ptr, row, num_blocks, BLOCKS))
     if (temperature > 0) & (largest > float("-inf")):  # others take the largest, or -1
         floor, min_p = _filters(
-            search_ptr, row, top_k_ptr, top_p_ptr, min_p_ptr, ANY_FILTER, ANY_TOP_K, ANY_TOP_P
+            search_ptr,
+            row,
+            top_k_ptr,
+            top_p_ptr,
+            min_p_ptr,
+            vocab_size,
+            ANY_FILTER,
+            ANY_TOP_K,
+            ANY_TOP_P,
         )
         mass = tl.zeros((), dtype=tl.int64)
         if ranked_key(tl.load(best_ptr + row * num_blocks + block)) >= floor:
@@ -166,6 +182,7 @@ def _filters(
     top_k_ptr,
     top_p_ptr,
     min_p_ptr,
+    vocab_size,
     ANY_FILTER: tl.constexpr,
     ANY_TOP_K: tl.constexpr,
     ANY_TOP_P: tl.constexpr,
@@ -177,7 +194,7 @@ def _filters(
         min_p = tl.load(min_p_ptr + row)
         if ANY_TOP_K or ANY_TOP_P:
             top_k, top_p = tl.load(top_k_ptr + row), tl.load(top_p_ptr + row)
-            floor = floor_of_row(search_ptr, row, top_k, top_p, ANY_TOP_K, ANY_TOP_P)
+            floor = floor_of_row(search_ptr, row, top_k, top_p, vocab_size, ANY_TOP_K, ANY_TOP_P)
     return floor, min_p
 
 
@@ -224,7 +241,15 @@ def draw_kernel(
         largest = ranked_logit(best)
         if (temperature > 0) & (largest > float("-inf")):
             floor, min_p = _filters(
-                search_ptr, row, top_k_ptr, top_p_ptr, min_p_ptr, ANY_FILTER, ANY_TOP_K, ANY_TOP_P
+                search_ptr,
+                row,
+                top_k_ptr,
+                top_p_ptr,
+                min_p_ptr,
+                vocab_size,
+                ANY_FILTER,
+                ANY_TOP_K,
+                ANY_TOP_P,
             )
             blocks = tl.arange(0, BLOCKS)
             masses = tl.load(
@@ -250,7 +275,6 @@ def sample(
     """Launch the kernels; the fields of ``Sampled``, for at least one row."""
     num_rows, vocab_size = logits.shape[0], batch.vocab_size
     config = launch_config("sample", arch=capability_of(logits.device))
-    search_config = launch_config("sample_search", arch=capability_of(logits.device))
     num_blocks = triton.cdiv(vocab_size, config["BLOCK"])
     row_config = {**config, "BLOCKS": triton.next_power_of_2(num_blocks)}
     grid = num_rows, num_blocks
@@ -264,9 +288,9 @@ def sample(
     masses = None if batch.all_greedy else empty(num_blocks)
     search = empty(2, NUM_LEVELS, LEVEL_SIZE) if any_top_k or any_top_p else None
     raw_sums = empty(2, num_blocks, dtype=torch.float32) if batch.num_logprobs >= 0 else None
-    counts, bias_ids = batch.output_counts, batch.bias_ids
+    counts, bias_ids, masks = batch.output_counts, batch.bias_ids, batch.masks
     adjusted = None
-    if counts is not None or bias_ids is not None:
+    if counts is not None or bias_ids is not None or masks is not None:
         adjusted = empty(vocab_size, dtype=torch.float32)
     block_best_kernel[grid](
         logits,
@@ -281,19 +305,24 @@ def sample(
         batch.repetition,
         bias_ids,
         batch.bias_values,
+        masks,
+        batch.mask_rows,
         logits.stride(0),
         0 if counts is None else counts.stride(0),
         vocab_size,
         num_blocks,
         0 if bias_ids is None else bias_ids.shape[1],
+        0 if masks is None else masks.stride(0),
         **config,
     )
     drawn_from = logits if adjusted is None else adjusted
     rows = (batch.temperature, batch.top_k, batch.top_p)
     sizes = (drawn_from.stride(0), vocab_size, num_blocks)
+    search_config = launch_config("sample_search", arch=capability_of(logits.device), rows=num_rows)
+    search_grid = num_rows, triton.cdiv(num_blocks, search_config["SPAN"])
     for by_mass in [False] * any_top_k + [True] * any_top_p:
         for level in range(NUM_LEVELS):
-            search_kernel[grid](
+            search_kernel[search_grid](
                 drawn_from,
                 best,
                 search,

@@ -4,7 +4,7 @@
 A program takes one token and a tile of its heads, which share the token's keys: their positions
 come from ``selected``, their slots from the block table. Otherwise it is the kernel of
 ``kernels.attention_triton``: online softmax in base 2, sums in fp32, values are part of the keys.
-Decodes are cut into splits of a fixed number of chosen keys, which its second kernel combines.
+Decodes are cut into splits of chosen keys as there, which the second kernel combines.
 Only sequences with more than top_k tokens of context are attended, the others' rows stay as they
 are: whether a row is sparse follows from its own sequence.
 Graph-safe: the grid follows from shapes, positions and contexts are read on the device.
@@ -23,10 +23,11 @@ from kernels.attention_triton import (
     PagedHeads,
     attention_facts,
     decodes_at_once,
+    kernel_constants,
     shape_constants,
 )
 from kernels.batch import PagedBatch
-from kernels.combine_splits_triton import combine_splits
+from kernels.combine_splits_triton import combine_splits, keys_per_split, max_splits_of
 from kernels.configs import launch_config
 from kernels.dispatch import capability_of
 
@@ -45,7 +46,12 @@ def sequence_of_row(row, cu_seqlens_ptr, num_seqs):
     return seq
 
 
-@triton.jit(do_not_specialize=["first_row", "num_seqs", "max_splits", "table_stride"])
+@triton.jit(
+    do_not_specialize=[
+        *("first_row", "num_seqs", "max_splits"),
+        *("min_split", "split_limit", "table_stride"),
+    ]
+)
 def sparse_attention_kernel(
     q_ptr,  # [num_tokens, num_heads, MAIN_DIM]
     q_tail_ptr,  # [num_tokens, num_heads, TAIL_DIM]
@@ -61,6 +67,8 @@ def sparse_attention_kernel(
     first_row,  # the token of row 0 of out
     num_seqs,
     max_splits,
+    min_split,  # chosen keys of a split at least, of decodes
+    split_limit,  # splits of a row at most, of decodes
     top_k,
     q_token_stride,
     q_head_stride,
@@ -69,7 +77,7 @@ def sparse_attention_kernel(
     table_stride,
     GROUP: tl.constexpr,  # heads
     PAGE_SIZE: tl.constexpr,
-    SPLIT: tl.constexpr,  # chosen keys per split; 0: one program walks all of them
+    IS_DECODE: tl.constexpr,  # sequence i has one token, row i; else one program walks all keys
     PARTIAL: tl.constexpr,
     MAIN_DIM: tl.constexpr,
     MAIN_BLOCK: tl.constexpr,
@@ -84,15 +92,19 @@ def sparse_attention_kernel(
     row = tl.program_id(0).to(tl.int64) // num_tiles
     tile = tl.program_id(0) % num_tiles
     token = first_row + row
-    seq = sequence_of_row(token, cu_seqlens_ptr, num_seqs)
+    seq = token if IS_DECODE else sequence_of_row(token, cu_seqlens_ptr, num_seqs)
     if tl.load(context_lens_ptr + seq) <= top_k:
         return
     # [start, end) of the chosen keys; past end there is only -1
-    start = 0
-    end = tl.minimum(tl.load(positions_ptr + token).to(tl.int32) + 1, top_k)
-    if SPLIT:
-        start = tl.program_id(1) * SPLIT
-        end = tl.minimum(start + SPLIT, end)
+    if IS_DECODE:  # of a longer context: top_k are chosen
+        split = keys_per_split(top_k, min_split, split_limit, BLOCK_N)
+        start = tl.program_id(1) * split
+        end = tl.minimum(start + split, top_k)
+        if PARTIAL & (start >= end):
+            return
+    else:
+        start = 0
+        end = tl.minimum(tl.load(positions_ptr + token).to(tl.int32) + 1, top_k)
 
     heads = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     is_head = (heads < GROUP)[:, None]
@@ -161,7 +173,8 @@ def sparse_config(
 ) -> dict[str, int]:
     """Blocks, warps and stages of a launch. ``capability`` is 90 for sm_90."""
     facts = attention_facts(shape, dtype, capability, is_decode)
-    return {"SPLIT": 0, **shape_constants(shape), **launch_config("sparse_attention", **facts)}
+    table = launch_config("sparse_attention", **facts)
+    return {"SPLIT": 0, "MAX_SPLITS": 0, "IS_DECODE": is_decode, **shape_constants(shape), **table}
 
 
 def attend_selected(
@@ -185,7 +198,7 @@ def attend_selected(
         rows = range(num_decodes, num_tokens)
         _launch(heads, batch, scale, selected, config, out[num_decodes:], None, rows, 1)
     config = sparse_config(shape, heads.q.dtype, capability, is_decode=True)
-    num_splits = triton.cdiv(top_k, config["SPLIT"])
+    num_splits = max_splits_of(config, top_k)
     if num_splits == 1 and num_decodes:
         _launch(heads, batch, scale, selected, config, out, None, range(num_decodes), 1)
         return
@@ -232,6 +245,8 @@ def _launch(
         rows.start,
         batch.num_seqs,
         num_splits,
+        config["SPLIT"],
+        config["MAX_SPLITS"],
         selected.shape[1],
         q.stride(0),
         q.stride(1),
@@ -240,5 +255,5 @@ def _launch(
         heads.block_table.stride(0),
         PAGE_SIZE=heads.k.shape[1],
         PARTIAL=lse is not None,
-        **config,
+        **kernel_constants(config),
     )

@@ -27,6 +27,7 @@ class Row:
     repetition: float = 1.0
     counts: dict[int, int] = field(default_factory=dict)
     bias: dict[int, float] = field(default_factory=dict)
+    allowed: frozenset[int] | None = None  # by a mask; None: all
     seed: int = 0
     position: int = 0
 
@@ -38,6 +39,8 @@ class Row:
 def probabilities(logits: Tensor, row: Row, vocab_size: int) -> FloatArray:
     """The exact distribution of one row, over ids below vocab_size."""
     values = logits[:vocab_size].double().numpy().copy()
+    if row.allowed is not None:
+        values[[i for i in range(vocab_size) if i not in row.allowed]] = -np.inf
     for token_id, bias in row.bias.items():
         values[token_id] += bias
     for token_id, count in row.counts.items():
@@ -97,6 +100,17 @@ def make_batch(
             ids[index, : len(row.bias)] = torch.tensor(list(row.bias), dtype=torch.int64)
             values[index, : len(row.bias)] = torch.tensor(list(row.bias.values()))
         biases = {"bias_ids": ids, "bias_values": values}
+    masks: dict[str, Tensor] = {}
+    masked = [index for index, row in enumerate(rows) if row.allowed is not None]
+    if masked:
+        # masks are in reverse order, so a mixed-up row shows
+        words = np.zeros((len(masked), -(-vocab_size // 32)), np.uint32)
+        mask_rows = torch.full((len(rows),), -1, dtype=torch.int32)
+        for place, index in enumerate(reversed(masked)):
+            mask_rows[index] = place
+            for token_id in rows[index].allowed or ():
+                words[place, token_id // 32] |= np.uint32(1 << token_id % 32)
+        masks = {"masks": torch.from_numpy(words.view(np.int32)), "mask_rows": mask_rows}
     tensors = {
         "temperature": floats("temperature"),
         "top_k": ints("top_k", torch.int32),
@@ -106,6 +120,7 @@ def make_batch(
         "positions": ints("position"),
         **penalties,
         **biases,
+        **masks,
     }
     return SamplingBatch(
         **{name: tensor.to(device) for name, tensor in tensors.items()},

@@ -9,6 +9,7 @@ from kernels.attention_triton import (
     HeadShape,
     attention_config,
     head_shape,
+    kernel_constants,
     paged_attention_kernel,
 )
 from kernels.cache import (
@@ -46,6 +47,7 @@ def attention_variants(
             **{"lse_ptr": FP32 if is_partial else None, "block_table_ptr": I32},
             **{"cu_seqlens_ptr": I32, "context_lens_ptr": I32, "scale_log2": 0.1},
             **{"first_seq": 0, "num_tiles": 4, "max_splits": 4},
+            **{"min_split": 64, "split_limit": 16},
             **{"context_above": 0, "context_up_to": 2**31 - 2, "table_stride": 257},
             **{"q_token_stride": 2 * q_width * num_kv_heads, "q_head_stride": q_width},
             **{"q_tail_token_stride": 2 * width if tail else 0},
@@ -54,12 +56,13 @@ def attention_variants(
             **{"v_slot_stride": shape.v_dim * num_kv_heads if value else 0},
             **{"v_head_stride": shape.v_dim if value else 0},
         }
-        launch = {"PAGE_SIZE": PAGE_SIZE, "PARTIAL": is_partial, **config}
+        launch = {"PAGE_SIZE": PAGE_SIZE, "PARTIAL": is_partial, **kernel_constants(config)}
         variants.append(KernelVariant(f"{kind}_{name}", paged_attention_kernel, arguments, launch))
         if is_partial:
             arguments = {
                 **{"partial_ptr": FP32, "lse_ptr": FP32, "out_ptr": dtype},
                 **{"context_lens_ptr": I32, "num_heads": 28, "max_splits": 4},
+                **{"min_split": 64, "split_limit": 16, "block_n": config["BLOCK_N"]},
             }
             launch = combine_config(config, capability, keep_empty=False)
             variants.append(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kernels.attention_triton import HeadShape
+from kernels.attention_triton import HeadShape, kernel_constants
 from kernels.combine_splits_triton import combine_config, combine_splits_kernel
 from kernels.compile import KernelVariant
 from kernels.indexer_triton import (
@@ -71,15 +71,17 @@ def sparse_variants(
             **{"positions_ptr": I64, "cu_seqlens_ptr": I32, "context_lens_ptr": I32},
             **{"block_table_ptr": I32, "scale_log2": 0.1, "first_row": 0, "num_seqs": 1},
             **{"max_splits": 8, "top_k": top_k, "table_stride": 257},
+            **{"min_split": 64, "split_limit": 16},
             **{"q_token_stride": shape.main_dim, "q_head_stride": 64 * shape.main_dim},
             **{"q_tail_token_stride": 128 * width, "q_tail_head_stride": width},
         }
-        launch = {"PAGE_SIZE": PAGE_SIZE, "PARTIAL": is_partial, **config}
+        launch = {"PAGE_SIZE": PAGE_SIZE, "PARTIAL": is_partial, **kernel_constants(config)}
         variants.append(KernelVariant(f"{kind}_{name}", sparse_attention_kernel, arguments, launch))
         if is_partial:
             arguments = {
                 **{"partial_ptr": FP32, "lse_ptr": FP32, "out_ptr": dtype},
                 **{"context_lens_ptr": I32, "num_heads": shape.group_size, "max_splits": 8},
+                **{"min_split": 64, "split_limit": 16, "block_n": config["BLOCK_N"]},
             }
             launch = combine_config(config, capability, keep_empty=True)
             variants.append(

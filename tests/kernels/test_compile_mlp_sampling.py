@@ -71,11 +71,14 @@ def sample_variants(
         )
     launch = {
         **{"ANY_TOP_K": top_k, "BLOCK": config["BLOCK"], "BLOCKS": row_config["BLOCKS"]},
-        **launch_config("sample_search", arch=90),
     }
-    for by_mass in [False] * top_k + [True] * top_p:
-        part = "mass" if by_mass else "count"
-        arguments, config = common | {"level": 1}, {"BY_MASS": by_mass, **launch}
+    for by_mass, rows in [(False, 1), (False, 64)] * top_k + [(True, 1), (True, 64)] * top_p:
+        part = f"{'mass' if by_mass else 'count'}_{rows}"
+        arguments = common | {"level": 1}
+        config = {
+            **{"BY_MASS": by_mass, **launch},
+            **launch_config("sample_search", arch=90, rows=rows),
+        }
         variants += [
             KernelVariant(f"sample_search_{part}_{name}", search_kernel, arguments, config)
         ]
@@ -88,21 +91,23 @@ def best_variant(
     *,
     bias: bool = False,
     counts: bool = False,
+    masks: bool = False,
     logprobs: bool = False,
     search: bool = False,
 ) -> KernelVariant:
     config = launch_config("sample", arch=90)
     per_row = FP32 if counts else None
     arguments = {
-        **{"logits_ptr": dtype, "adjusted_ptr": FP32 if bias or counts else None},
+        **{"logits_ptr": dtype, "adjusted_ptr": FP32 if bias or counts or masks else None},
         **{"best_ptr": I64, "raw_sums_ptr": FP32 if logprobs else None},
         **{"search_ptr": I64 if search else None, "counts_ptr": I32 if counts else None},
         **{"rows_ptr": I64 if counts else None, "presence_ptr": per_row},
         **{"frequency_ptr": per_row, "repetition_ptr": per_row},
         **{"bias_ids_ptr": I64 if bias else None, "bias_values_ptr": FP32 if bias else None},
+        **{"masks_ptr": I32 if masks else None, "mask_rows_ptr": I32 if masks else None},
         **{"logits_stride": 129280, "count_stride": 129280 if counts else 0},
         **{"vocab_size": 129280, "num_blocks": -(-129280 // config["BLOCK"])},
-        "max_bias": 300 if bias else 0,
+        **{"max_bias": 300 if bias else 0, "masks_stride": 4040 if masks else 0},
     }
     return KernelVariant(f"sample_best_{name}", block_best_kernel, arguments, config)
 
@@ -144,7 +149,8 @@ VARIANTS = [
     best_variant("plain", BF16),
     best_variant("search", FP32, search=True, logprobs=True),
     best_variant("bias", BF16, bias=True),
-    best_variant("all", FP32, bias=True, counts=True, logprobs=True, search=True),
+    best_variant("mask", BF16, masks=True),
+    best_variant("all", FP32, bias=True, counts=True, masks=True, logprobs=True, search=True),
     *sample_variants("greedy", 129280, FP32, greedy=True),
     *sample_variants("plain", 129280, BF16),
     *sample_variants("min_p", 102400, FP32, "min_p"),

@@ -23,6 +23,7 @@ NUM_DRAWS = 200_000
 ALPHA = 1e-4  # seeds are fixed, so a test that passes once always passes
 COUNTS = {3: 1, 7: 4, 11: 2, 20: 1, 39: 9}
 BIAS = {0: 2.5, 7: -1.0, 13: float("-inf"), 39: 1.0}
+ALLOWED = frozenset({0, 7, 13, 20, 31, 32, 33, 39})
 
 COMBINATIONS = {
     "plain": Row(),
@@ -41,20 +42,23 @@ COMBINATIONS = {
     "penalties": Row(presence=0.5, frequency=0.4, repetition=1.2, counts=COUNTS),
     "bias": Row(bias=BIAS),
     "all": Row(0.8, 25, 0.92, 0.01, 0.5, 0.2, 1.1, COUNTS, BIAS),
+    "mask": Row(allowed=ALLOWED),
+    "mask_top_k_top_p": Row(top_k=25, top_p=0.9, allowed=ALLOWED),  # more than are allowed
+    "mask_all": Row(0.8, 5, 0.92, 0.01, 0.5, 0.2, 1.1, COUNTS, BIAS, allowed=ALLOWED),
 }
 
 # the sampler's configs: blocks small enough that a test's vocabulary spans several
-SetBlocks = Callable[[int, int], None]
+SetBlocks = Callable[..., None]
 
 
 @pytest.fixture
 def set_blocks(monkeypatch: pytest.MonkeyPatch) -> SetBlocks:
-    """Launch with other numbers of ids a program and a step of the search (a step is >= 16)."""
+    """Launch with other numbers of ids a block and of blocks a program of the search."""
 
-    def set_blocks(block: int, chunk: int) -> None:
-        configs = {"sample": {"BLOCK": block}, "sample_search": {"CHUNK": chunk}}
+    def set_blocks(block: int, span: int = 2) -> None:
+        configs = {"sample": {"BLOCK": block}, "sample_search": {"SPAN": span}}
 
-        def launch_config(op: str, arch: int) -> dict[str, Any]:
+        def launch_config(op: str, **facts: int) -> dict[str, Any]:
             return {**configs[op], "num_warps": 4}
 
         monkeypatch.setattr(sampling_triton, "launch_config", launch_config)
@@ -65,7 +69,7 @@ def set_blocks(monkeypatch: pytest.MonkeyPatch) -> SetBlocks:
 @pytest.fixture(autouse=True)
 def _blocks_are_small(set_blocks: SetBlocks) -> None:
     if INTERPRETED:
-        set_blocks(32, 32)
+        set_blocks(32)
 
 
 def make_logits(num_rows: int, vocab: int, seed: int = 0) -> Tensor:
@@ -175,7 +179,7 @@ def test_flat_rows_of_a_large_vocabulary(
     """Cuts lie beyond any bounded set of candidates, and the vocabulary spans several blocks."""
     vocab_size = 9001
     if INTERPRETED:
-        set_blocks(4096, 2048)
+        set_blocks(4096)
     logits = 0.2 * make_logits(1, vocab_size, seed=3)
     if ties:
         logits = (logits * 3).round() / 3  # more than 1000 tokens share a logit
@@ -226,7 +230,7 @@ def test_head_padding_is_never_seen(device: str, temperature: float) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 def test_greedy_takes_the_lowest_id_among_equals(device: str, set_blocks: SetBlocks) -> None:
     if INTERPRETED:
-        set_blocks(512, 512)  # 4096 and 4999 in different blocks
+        set_blocks(512)  # 4096 and 4999 in different blocks
     logits = torch.zeros(3, 5000)
     logits[0, [17, 18, 4999]] = 3.0
     logits[1, [4096, 4999]] = 3.0
@@ -250,7 +254,7 @@ def test_minus_zero_is_zero(device: str) -> None:
 def test_rare_tokens_among_many_are_drawn(device: str, set_blocks: SetBlocks) -> None:
     """Each of 3000 tokens weighs exp(-17) of the last one; the draw still tells them apart."""
     if INTERPRETED:
-        set_blocks(512, 512)
+        set_blocks(512)
     logits = torch.full((1, 3001), -17.0)
     logits[0, 3000] = 0.0
     numbers = uniforms(torch.zeros(100_000, dtype=torch.int64), torch.arange(100_000))
@@ -483,6 +487,41 @@ def test_a_ban_of_every_token_marks_no_row(device: str, temperature: float) -> N
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("row", [Row(0.0), Row(), Row(top_k=3), Row(min_p=0.5), Row(top_p=0.2)])
+def test_a_mask_allows_what_it_names_whatever_the_logits(device: str, row: Row) -> None:
+    """Also if only the smallest logit is left, next to a row that has no mask."""
+    logits = make_logits(3, 2 * VOCAB_SIZE, seed=30)
+    least = [int(logits[0].argmin()), int(logits[2].argmin())]
+    rows = [
+        replace(row, allowed=frozenset(least[:1])),
+        Row(0.0),
+        replace(row, allowed=frozenset(least[1:]), bias={least[1]: -100.0, least[1] ^ 1: 100.0}),
+    ]
+    ids = sample(logits.to(device), make_batch(rows, 2 * VOCAB_SIZE, device=device)).token_ids
+    assert ids.tolist() == [least[0], int(logits[1].argmax()), least[1]]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_log_probabilities_do_not_see_a_mask(device: str) -> None:
+    logits = make_logits(1, VOCAB_SIZE, seed=31)
+    row = Row(0.0, allowed=frozenset({int(logits[0].argmin())}))
+    drawn = sample(logits.to(device), make_batch([row], VOCAB_SIZE, num_logprobs=3, device=device))
+    expected = logits[0].log_softmax(0)
+    assert drawn.logprobs is not None and drawn.top_ids is not None
+    torch.testing.assert_close(drawn.logprobs[0].cpu(), expected.min())
+    assert drawn.top_ids[0].tolist() == expected.topk(3).indices.tolist()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("row", [Row(0.0), Row(), Row(top_k=3, top_p=0.5)])
+def test_a_mask_that_allows_nothing_draws_some_id(device: str, row: Row) -> None:
+    rows = [replace(row, allowed=frozenset()), Row(0.0)]
+    logits = make_logits(2, VOCAB_SIZE, seed=32)
+    ids = sample(logits.to(device), make_batch(rows, VOCAB_SIZE, device=device)).token_ids
+    assert 0 <= int(ids[0]) < VOCAB_SIZE and int(ids[1]) == int(logits[1].argmax())
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_the_logits_are_not_modified(device: str) -> None:
     logits = make_logits(2, 64, seed=9).to(device)
     before = logits.clone()
@@ -580,8 +619,8 @@ def test_how_a_row_is_cut_into_blocks_changes_no_token(device: str, set_blocks: 
     rows = [replace(COMBINATIONS[name], seed=3) for name in names]
     logits = make_logits(len(rows), 150, seed=12).to(device)
     drawn = []
-    for block, chunk in [(64, 16), (64, 64), (256, 128)]:
-        set_blocks(block, chunk)
+    for block, span in [(16, 3), (64, 1), (256, 2)]:
+        set_blocks(block, span)
         batch = make_batch(rows, 150, device=device)
         drawn.append(sample(logits, batch).token_ids.tolist())
     assert drawn[0] == drawn[1] == drawn[2]

@@ -82,6 +82,7 @@ def no_waiting() -> Iterator[None]:
     torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.usefixtures("no_waiting")
 @pytest.mark.parametrize("cuda_graphs", ["off", "lazy"])
 def test_launching_a_decode_step_waits_for_nothing(
