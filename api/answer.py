@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from api.errors import HttpError
 from api.running import RunningRequest
 from api.state import GenerationLike
+from api.timings import Timings, measure
 from runtime import (
     EngineDead,
     FinishReason,
@@ -22,6 +22,7 @@ from runtime import (
     TokenEvent,
     Tokenizer,
     TokenLogprobs,
+    ToolDelta,
 )
 
 LOWEST_LOGPROB = -9999.0
@@ -43,7 +44,7 @@ class Choice:
     logprobs: list[tuple[int, TokenLogprobs]] = field(default_factory=list)  # per token, if asked
 
     def take(self, events: Sequence[TokenEvent]) -> list[TextPiece]:
-        """The text that new events make final, joined while its kind is the same.
+        """The text that new events make final, joined where it is of one kind or one call.
 
         Raises `RequestError` if the engine gave the sequence up.
         """
@@ -56,16 +57,14 @@ class Choice:
             if event.token_id is not None and event.logprobs is not None:
                 self.logprobs.append((event.token_id, event.logprobs))
             for piece in self.assembler.feed(event.token_id, event.finish_reason):
-                if pieces and pieces[-1].kind == piece.kind:
-                    last = pieces.pop()
-                    indices = last.token_indices + piece.token_indices
-                    piece = TextPiece(piece.kind, last.text + piece.text, indices)
-                pieces.append(piece)
+                _append(pieces, piece)
             if self.assembler.stopped:
                 self.finish_reason = FinishReason.STOP.value
                 self.generation.abort()
             elif event.finish_reason is not None:
                 self.finish_reason = event.finish_reason.value
+            if self.finish_reason == FinishReason.STOP and self.assembler.num_calls:
+                self.finish_reason = "tool_calls"
         return pieces
 
     def logprobs_of(self, piece: TextPiece) -> dict[str, Any] | None:
@@ -94,8 +93,11 @@ class Answer:
     silence_seconds: float
     running: RunningRequest
     choices: list[Choice]
-    id: str = field(default_factory=lambda: f"chatcmpl-{secrets.token_hex(12)}")
+    id: str = field(init=False)
     created: int = field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        self.id = self.running.answer_id("chatcmpl")
 
     def abort(self) -> None:
         """Free whatever the engine still holds for this request. Idempotent, never waits."""
@@ -105,9 +107,7 @@ class Answer:
     def close(self) -> None:
         """The request is over: nobody reads on. Idempotent, never waits."""
         self.abort()
-        self.running.record.num_cached_tokens = self.num_cached_tokens
-        self.running.record.num_completion_tokens = self.num_completion_tokens
-        self.running.leave()
+        settle(self.running, self.choices, self.num_cached_tokens)
 
     @property
     def num_cached_tokens(self) -> int:
@@ -132,19 +132,25 @@ class Answer:
                 if arrival is None:
                     yield None
                     continue
-                self.running.record.note_token()
                 choice, token_events = arrival
                 if choice.finish_reason is not None:
                     continue  # it ended on a stop string; this is the echo of our abort
-                for piece in choice.take(token_events):
+                pieces = choice.take(token_events)
+                num_tokens = choice.assembler.num_tokens
+                self.running.note_progress(choice.index, num_tokens, self.num_cached_tokens)
+                for piece in pieces:
                     chunk = self._chunk(choice, _delta(piece), include_usage)
                     if logprobs := choice.logprobs_of(piece):
                         chunk["choices"][0]["logprobs"] = logprobs
                     yield chunk
                 if choice.finish_reason is not None:
-                    yield self._chunk(choice, {}, include_usage)
+                    chunk = self._chunk(choice, {}, include_usage)
+                    if not include_usage and all(each.finish_reason for each in self.choices):
+                        chunk |= timings_entry(self.running, self.choices, self.num_cached_tokens)
+                    yield chunk
         if include_usage:
-            yield {**self._head(), "choices": [], "usage": self._usage()}
+            timings = timings_entry(self.running, self.choices, self.num_cached_tokens)
+            yield {**self._head(), "choices": [], "usage": self._usage(), **timings}
 
     def _head(self) -> Chunk:
         return {
@@ -155,7 +161,7 @@ class Answer:
             "system_fingerprint": self.system_fingerprint,
         }
 
-    def _chunk(self, choice: Choice, delta: dict[str, str], include_usage: bool) -> Chunk:
+    def _chunk(self, choice: Choice, delta: dict[str, Any], include_usage: bool) -> Chunk:
         finish_reason = None if delta else choice.finish_reason  # it comes with an empty delta
         entry = {"index": choice.index, "delta": delta, "finish_reason": finish_reason}
         chunk = {**self._head(), "choices": [entry]}
@@ -164,17 +170,53 @@ class Answer:
         return chunk
 
     def _usage(self) -> dict[str, Any]:
-        num_new, num_cached = self.num_completion_tokens, self.num_cached_tokens
-        num_reasoning = sum(choice.assembler.num_reasoning_tokens for choice in self.choices)
-        return {
-            "prompt_tokens": self.num_prompt_tokens,
-            "completion_tokens": num_new,
-            "total_tokens": self.num_prompt_tokens + num_new,
-            "prompt_tokens_details": {"cached_tokens": num_cached},
-            "completion_tokens_details": {"reasoning_tokens": num_reasoning},
-            "prompt_cache_hit_tokens": num_cached,
-            "prompt_cache_miss_tokens": self.num_prompt_tokens - num_cached,
-        }
+        return usage_object(self.num_prompt_tokens, self.num_cached_tokens, self.choices)
+
+
+def usage_object(num_prompt: int, num_cached: int, choices: Sequence[Choice]) -> dict[str, Any]:
+    """``usage``: tokens of the prompts, those of them that the cache had, and the choices'."""
+    num_new = sum(choice.assembler.num_tokens for choice in choices)
+    num_reasoning = sum(choice.assembler.num_reasoning_tokens for choice in choices)
+    return {
+        "prompt_tokens": num_prompt,
+        "completion_tokens": num_new,
+        "total_tokens": num_prompt + num_new,
+        "prompt_tokens_details": {"cached_tokens": num_cached},
+        "completion_tokens_details": {"reasoning_tokens": num_reasoning},
+        "prompt_cache_hit_tokens": num_cached,
+        "prompt_cache_miss_tokens": num_prompt - num_cached,
+    }
+
+
+def settle(running: RunningRequest, choices: Sequence[Choice], num_cached_tokens: int) -> None:
+    """Count what the choices of a request have come to, and let it leave. Idempotent."""
+    for choice in choices:
+        running.note_progress(choice.index, choice.assembler.num_tokens, num_cached_tokens)
+    record = running.record
+    record.num_cached_tokens = num_cached_tokens
+    record.num_completion_tokens = sum(choice.assembler.num_tokens for choice in choices)
+    record.finish_reasons = [each.finish_reason for each in choices if each.finish_reason]
+    record.timings = _timings(running, choices, num_cached_tokens)
+    running.leave()
+
+
+def timings_entry(
+    running: RunningRequest, choices: Sequence[Choice], num_cached_tokens: int
+) -> dict[str, Any]:
+    """``timings`` for the last chunk of an answer; empty unless its client asked for them."""
+    if not running.wants_timings:
+        return {}
+    return {"timings": _timings(running, choices, num_cached_tokens).to_dict()}
+
+
+def _timings(running: RunningRequest, choices: Sequence[Choice], num_cached_tokens: int) -> Timings:
+    return measure(
+        running.record.submitted,
+        [choice.generation for choice in choices],
+        num_prompt_tokens=running.record.num_prompt_tokens or 0,
+        num_cached_tokens=num_cached_tokens,
+        num_predicted_tokens=sum(choice.assembler.num_tokens for choice in choices),
+    )
 
 
 async def arrivals(
@@ -210,10 +252,36 @@ async def _next(generation: GenerationLike) -> list[TokenEvent] | None:
     return await anext(generation, None)
 
 
-def _delta(piece: TextPiece) -> dict[str, str]:
+def _append(pieces: list[TextPiece], piece: TextPiece) -> None:
+    """Add a piece, to the last one if that begins the same text or arguments."""
+    last = pieces[-1] if pieces else None
+    if last is not None and last.kind == piece.kind:
+        indices = last.token_indices + piece.token_indices
+        if last.call is None or piece.call is None:
+            pieces[-1] = TextPiece(piece.kind, last.text + piece.text, indices)
+            return
+        if last.call.name is None and last.call.index == piece.call.index:
+            arguments = last.call.arguments + piece.call.arguments
+            pieces[-1] = replace(
+                last, token_indices=indices, call=replace(last.call, arguments=arguments)
+            )
+            return
+    pieces.append(piece)
+
+
+def _delta(piece: TextPiece) -> dict[str, Any]:
+    if piece.call is not None:
+        return {"tool_calls": [_call_delta(piece.call)]}
     if piece.kind == "reasoning":  # DeepSeek's clients read the first, vLLM's the second
         return {"reasoning_content": piece.text, "reasoning": piece.text}
     return {"content": piece.text}
+
+
+def _call_delta(call: ToolDelta) -> dict[str, Any]:
+    if call.name is None:
+        return {"index": call.index, "function": {"arguments": call.arguments}}
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"index": call.index, "id": call.id, "type": "function", "function": function}
 
 
 def _logprob_entry(tokenizer: Tokenizer, token_id: int, logprob: float) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The routes. Each is reached with and without ``/v1`` (see `api.guard.canonical_path`)."""
+"""The routes. Each is reached as it is, under ``/v1`` and under ``/beta``, see `api.guard`."""
 
 from __future__ import annotations
 
@@ -13,11 +13,16 @@ from starlette.routing import Route
 
 from api.auth import Auth
 from api.chat import chat_completions
+from api.completions import completions
 from api.errors import RETRY_SECONDS, HttpError, envelope, on_http_exception
 from api.guard import Guard
+from api.metrics import metrics
 from api.openapi import openapi_document
+from api.page import Page
 from api.request_log import RequestLog
 from api.state import ServerState
+from api.stats import stats
+from api.tokens import detokenize, tokenize
 
 __all__ = ["ServerState", "create_app"]
 
@@ -32,10 +37,17 @@ def create_app(state: ServerState) -> Starlette:
             Route("/models", models),
             Route("/models/{name:path}", model),
             Route("/chat/completions", chat_completions, methods=["POST"]),
+            Route("/completions", completions, methods=["POST"]),
+            Route("/engines/{name:path}/chat/completions", chat_completions, methods=["POST"]),
+            Route("/engines/{name:path}/completions", completions, methods=["POST"]),
+            Route("/tokenize", tokenize, methods=["POST"]),
+            Route("/detokenize", detokenize, methods=["POST"]),
             Route("/openapi.json", openapi),
+            Route("/metrics", metrics),
+            Route("/stats", stats),
         ],
         middleware=[
-            Middleware(RequestLog),
+            Middleware(RequestLog, figures=state.running.figures),
             Middleware(
                 Guard,
                 needs_key=needs_key,
@@ -43,6 +55,7 @@ def create_app(state: ServerState) -> Starlette:
                 allowed_hosts=state.allowed_hosts,
                 limits=state.limits,
             ),
+            Middleware(Page),
             Middleware(Auth, keys=state.keys, failures_per_minute=state.limits.failed_keys),
         ],
         exception_handlers={HTTPException: on_http_exception},

@@ -16,6 +16,7 @@ from api.keys_command import keys_app
 from api.limits import Limits
 from api.terminal import LoadingBar, describe, parse_bytes
 from api.terminal_chat import chat as run_chat
+from api.top_command import top_command
 from runtime import (
     ConfigError,
     Engine,
@@ -311,6 +312,7 @@ def chat(
 
 
 app.command(name="inspect")(inspect_command)
+app.command(name="top")(top_command)
 
 
 @app.command(name="pull")

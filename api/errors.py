@@ -27,10 +27,13 @@ class HttpError(RequestError):
         code: str,
         param: str | None = None,
         error_type: str = "invalid_request_error",
+        retry_seconds: int | None = None,
     ) -> None:
+        """``retry_seconds``: after so many the same request may do better; 1 if left out."""
         super().__init__(message, param=param, code=code)
         self.status = status
         self.error_type = error_type
+        self.retry_seconds = retry_seconds
 
 
 def internal_error() -> HttpError:
@@ -63,7 +66,8 @@ def error_response(error: RequestError) -> JSONResponse:
     elif error.status == 500:
         headers["x-should-retry"] = "false"
     elif error.status in (429, 503):
-        headers["Retry-After"] = RETRY_SECONDS
+        seconds = error.retry_seconds if isinstance(error, HttpError) else None
+        headers["Retry-After"] = RETRY_SECONDS if seconds is None else str(seconds)
     return JSONResponse(envelope(error), status_code=error.status, headers=headers)
 
 

@@ -22,10 +22,12 @@ TEXT = "<text>"
 
 ERROR_CODES = {
     "missing": "missing_required_parameter",
+    "out_of_range": "invalid_value",
     "literal_error": "invalid_value",
     "too_short": "empty_array",
     "too_long": "array_above_max_length",
     "string_too_long": "string_above_max_length",
+    "string_pattern_mismatch": "invalid_value",
     "greater_than_equal": "integer_below_min_value",
     "less_than_equal": "integer_above_max_value",
 }
@@ -67,7 +69,7 @@ def _list_of_one(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
-def _text_or_object(value: object) -> object:
+def text_or_object(value: object) -> object:
     if not isinstance(value, str | dict):
         raise PydanticCustomError("invalid_type", "Input should be a string or an object")
     return value
@@ -77,7 +79,6 @@ FAIL_FAST = Field(fail_fast=True)  # a list of a million mistakes is one mistake
 Number = Annotated[float, BeforeValidator(_number)]
 Integer = Annotated[int, BeforeValidator(_integer)]
 Strings = Annotated[list[str], FAIL_FAST, BeforeValidator(_list_of_one)]
-TextOrObject = Annotated[Any, BeforeValidator(_text_or_object)]
 
 
 class Body(BaseModel):

@@ -7,34 +7,49 @@ folded from the very same chunks, so the two cannot drift apart.
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
+import logging
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Message
 
-from api.answer import Answer, Choice, Chunk
+from api.answer import Choice, Chunk
 from api.containment import contained
-from api.errors import envelope
+from api.errors import envelope, shorten
 from api.guard import read_json
 from api.running import RunningRequest
 from api.sampling_fields import SamplingFields, cache_namespace
 from api.sse import DONE, KEEP_ALIVE, EventStream, frame, while_connected
-from api.state import ServerState
-from runtime import INT64_MAX, BadRequest, RequestError, SamplingParams, TextAssembler
+from api.state import GenerationLike, ServerState
+from runtime import INT64_MAX, BadRequest, RequestError, SamplingParams
+
+MAX_UNKNOWN_FIELDS = 256
+
+logger = logging.getLogger("fathom.api")
 
 Chunks = AsyncGenerator[Chunk | None]
 Fold = Callable[[Chunks], Coroutine[Any, Any, dict[str, Any]]]
+
+
+class GrowingAnswer(Protocol):
+    """The answer to one request, of any route, while the engine works on it."""
+
+    def chunks(self, *, include_usage: bool) -> Chunks:
+        """What a stream sends; None for a period of silence. Raises `RequestError`."""
+
+    def close(self) -> None:
+        """Nobody reads on. Idempotent, never waits."""
 
 
 @dataclass(frozen=True, slots=True)
 class Admitted:
     """What is left of a request once its choices are queued: nothing of its messages."""
 
-    answer: Answer
+    answer: GrowingAnswer
     stream: bool
     include_usage: bool
 
@@ -46,17 +61,22 @@ Prepare = Callable[[ServerState, dict[str, Any], RunningRequest], Coroutine[Any,
 async def generate(request: Request, prepare: Prepare, fold: Fold) -> Response:
     """Admit the request, then stream or fold its answer; the status is sent only once admitted."""
     state: ServerState = request.app.state.server
+    request.scope["record"].is_generating = True
 
     async def receive() -> Message:
         message = await request.receive()
         if message["type"] == "http.request" and not message.get("more_body", False):
             # A server that has no time for a body must not spend any on parsing it.
             state.check_open()
+            state.running.check_limits(request.scope.get("api_key"))
             state.engine.check_room(1 + state.running.num_encoding)
         return message
 
     body = await read_json(request.scope, receive)
+    if body.get("model") is None and "name" in request.path_params:
+        body["model"] = request.path_params["name"]  # openai's old client: /engines/{name}/...
     running = state.running.admit(request.scope, state.limits.request_seconds)
+    running.wants_timings = timings_wanted(request, body)
     try:
         preparing = prepare(state, body, running)
         del body  # the answer may take long, and needs none of it
@@ -77,43 +97,65 @@ async def generate(request: Request, prepare: Prepare, fold: Fold) -> Response:
         answer.close()
 
 
-def check_choices(state: ServerState, request: SamplingFields) -> None:
+def timings_wanted(request: Request, body: dict[str, Any]) -> bool:
+    """Whether the answer shall say how long it took; what is no boolean is refused later."""
+    asked = request.headers.get("x-fathom-timings", "").strip() in ("1", "true")
+    return asked or body.get("timings") is True or body.get("timings_per_token") is True
+
+
+def note_unknown(state: ServerState, names: set[str]) -> None:
+    """Log fields of a request that mean nothing here, each once."""
+    for name in sorted(names - state.unknown_fields):
+        if len(state.unknown_fields) < MAX_UNKNOWN_FIELDS:
+            state.unknown_fields.add(name)
+            logger.info("a client sends the unknown field %r; it is ignored", shorten(name))
+
+
+def check_choices(state: ServerState, num_choices: int, num_prompts: int = 1) -> None:
     """Raises `BadRequest` for more choices than there is ever room for: waiting cannot help."""
     max_num_seqs = state.engine.info.max_num_seqs
     most = max_num_seqs + state.limits.queue
-    if request.num_choices > most:
+    if num_choices * num_prompts > most:
+        each = f" for each of {num_prompts} prompts" if num_prompts > 1 else ""
         raise BadRequest(
-            f"n is {request.num_choices}, but this server has room for {most} choices: "
+            f"n is {num_choices}{each}, but this server has room for {most} choices: "
             f"{max_num_seqs} that run and {state.limits.queue} that wait. Ask for fewer.",
-            param="n",
+            param="n" if num_prompts == 1 else "prompt",
             code="invalid_value",
         )
+
+
+AnyChoice = TypeVar("AnyChoice", bound=Choice)
+Start = Callable[[int, GenerationLike, SamplingParams], AnyChoice]
+"""Makes the choice of an index from its generation and its own parameters."""
 
 
 def submit(
     state: ServerState,
     request: SamplingFields,
-    prompt_ids: list[int],
+    prompts: Sequence[list[int]],
     params: SamplingParams,
     key_id: str | None,
-    *,
-    thinking: bool,
-) -> list[Choice]:
-    """Queue every choice of a request, or none. Raises what `EngineClient.submit` raises."""
-    choices: list[Choice] = []
+    start: Start[AnyChoice],
+) -> list[AnyChoice]:
+    """Queue every choice of a request, or none: ``n`` of the first prompt, then of the next.
+
+    Raises what `EngineClient.submit` raises.
+    """
+    choices: list[AnyChoice] = []
     namespace = cache_namespace(request, key_id)
     try:
-        for index in range(request.num_choices):
+        for index in range(len(prompts) * request.num_choices):
+            of_prompt, number = divmod(index, request.num_choices)
             own = params
-            if params.seed is not None and index:
+            if params.seed is not None and number:
                 # Choices differ, each reproducibly; past the largest seed they wrap around.
-                seed = (params.seed + index + INT64_MAX + 1) % 2**64 - INT64_MAX - 1
+                seed = (params.seed + number + INT64_MAX + 1) % 2**64 - INT64_MAX - 1
                 own = replace(params, seed=seed)
             generation = state.engine.submit(
-                prompt_ids, own, namespace=namespace, priority=request.priority or 0
+                prompts[of_prompt], own, namespace=namespace, priority=request.priority or 0
             )
-            assembler = TextAssembler(state.tokenizer, own, thinking=thinking)
-            choices.append(Choice(index, generation, assembler, state.tokenizer))
+            choices.append(start(index, generation, own))
     except BaseException:
         for choice in choices:
             choice.generation.abort()

@@ -191,14 +191,15 @@ class Guard:
 
 
 def canonical_path(path: str) -> str:
-    """The route a client means: no doubled or trailing slashes, no ``/v1``, however often.
+    """The route a client means: no doubled or trailing slashes, no ``/v1`` or ``/beta`` in front.
 
     ``//models``, ``/v1/models/`` and ``/v1/v1/models`` (a base URL typed too long) are ``/models``,
-    and so is ``http://localhost/models``, which is how a proxy is asked.
+    and so are ``/beta/models``, where DeepSeek has what is new, and ``http://localhost/models``,
+    which is how a proxy is asked.
     """
     path = AUTHORITY.sub("", path)
     parts = [part for part in path.split("/") if part]
-    while parts and parts[0] == "v1":
+    while parts and parts[0] in ("v1", "beta"):
         del parts[0]
     return "/" + "/".join(parts)
 

@@ -11,8 +11,11 @@ from pathlib import Path
 
 from runtime import ConfigError
 
-SCHEMA_VERSION = 2
-COLUMNS = "public_id, name, created_at, revoked_at, expires_at, last_used_day, digest"
+SCHEMA_VERSION = 3
+COLUMNS = (
+    "public_id, name, created_at, revoked_at, expires_at, last_used_day, "
+    "max_concurrency, tokens_per_day, digest"
+)
 BUSY_SECONDS = 5.0
 """How long a command waits for another process that writes."""
 
@@ -26,15 +29,15 @@ CREATE TABLE keys (
     created_at INTEGER NOT NULL,
     revoked_at INTEGER,
     expires_at INTEGER,
-    last_used_day INTEGER
+    last_used_day INTEGER,
+    max_concurrency INTEGER,
+    tokens_per_day INTEGER
 ) {STRICT};
 CREATE UNIQUE INDEX active_name ON keys (name) WHERE revoked_at IS NULL;
 PRAGMA user_version = {SCHEMA_VERSION};
 """
-FROM_VERSION_1 = (
-    "ALTER TABLE keys ADD COLUMN expires_at INTEGER",
-    "ALTER TABLE keys ADD COLUMN last_used_day INTEGER",
-)
+ADDED_COLUMNS = {2: ("expires_at", "last_used_day"), 3: ("max_concurrency", "tokens_per_day")}
+"""Schema version -> what it added to the one before; all integers."""
 
 
 def make(path: Path) -> None:
@@ -85,10 +88,10 @@ def _migrate(connection: sqlite3.Connection) -> None:
             raise sqlite3.DatabaseError("it was written by a newer version of Fathom")
         if version < 1:
             raise sqlite3.DatabaseError("it was not written by Fathom")
-        if version == 1:
-            for statement in FROM_VERSION_1:
-                connection.execute(statement)
-            connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        for newer in range(version + 1, SCHEMA_VERSION + 1):
+            for column in ADDED_COLUMNS[newer]:
+                connection.execute(f"ALTER TABLE keys ADD COLUMN {column} INTEGER")
+        connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
 
 def _version(connection: sqlite3.Connection) -> int:

@@ -15,7 +15,7 @@ import re
 import secrets
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +33,7 @@ SECONDS_PER_DAY = 86400
 BUSY_SECONDS_OF_A_REQUEST = 0.1
 SETTLED_NANOSECONDS = 50_000_000
 """Two changes of a file that are further apart have different times, however coarse its clock."""
+LIMITS = frozenset({"max_concurrency", "tokens_per_day"})
 SELECT = f"SELECT {key_file.COLUMNS} FROM keys"
 
 
@@ -46,6 +47,8 @@ class KeyEntry:
     revoked_at: int | None
     expires_at: int | None = None
     last_used_day: int | None = None
+    max_concurrency: int | None = None  # requests running at once on one server; None: any number
+    tokens_per_day: int | None = None  # of prompts and answers together, per day in UTC
 
     def state(self, now: float) -> Literal["active", "expired", "revoked"]:
         """``now`` is in Unix seconds. What expired before it was revoked stays expired."""
@@ -91,6 +94,10 @@ class KeyStore:
         self._noted_days: dict[str, int] = {}  # public_id -> day for which its use was written
         self._writer = ThreadPoolExecutor(1, "key-use")
 
+    @property
+    def path(self) -> Path:
+        return self._path
+
     @classmethod
     def open(
         cls,
@@ -116,11 +123,18 @@ class KeyStore:
         except sqlite3.Error as error:
             raise ConfigError(f"{path}: not a usable key store: {error}") from None
 
-    def create(self, name: str, expires_at: int | None = None) -> str:
+    def create(
+        self,
+        name: str,
+        expires_at: int | None = None,
+        *,
+        max_concurrency: int | None = None,
+        tokens_per_day: int | None = None,
+    ) -> str:
         """Make a key and return its secret, which is kept nowhere.
 
-        ``expires_at`` is in Unix seconds. Raises `ConfigError` for a name that is malformed or in
-        use.
+        ``expires_at`` is in Unix seconds; limits are as in `KeyEntry`. Raises `ConfigError` for a
+        name that is malformed or in use.
         """
         if not NAME.fullmatch(name):
             raise ConfigError(
@@ -138,9 +152,12 @@ class KeyStore:
                     (now, name, now),
                 )
                 self._connection.execute(
-                    "INSERT INTO keys (public_id, name, digest, created_at, expires_at) "
-                    "VALUES (?, ?, ?, ?, ?)",
-                    (public_id, name, _digest(secret.encode()), now, expires_at),
+                    "INSERT INTO keys (public_id, name, digest, created_at, expires_at, "
+                    "max_concurrency, tokens_per_day) VALUES (?, ?, ?, ?, ?, ?, ?)",
+                    (
+                        *(public_id, name, _digest(secret.encode()), now, expires_at),
+                        *(max_concurrency, tokens_per_day),
+                    ),
                 )
             self._checkpoint()
         except sqlite3.IntegrityError:
@@ -173,18 +190,30 @@ class KeyStore:
 
     def revoke(self, name_or_id: str) -> None:
         """Make a key invalid from now on. Raises `ConfigError` if no active key is called so."""
+        self._change(name_or_id, {"revoked_at": int(self._clock())})
+
+    def limit(self, name_or_id: str, limits: Mapping[str, int | None]) -> None:
+        """Set ``max_concurrency``, ``tokens_per_day`` or both, for running servers too.
+
+        Raises `ConfigError` if no active key is called so.
+        """
+        assert limits.keys() <= LIMITS
+        self._change(name_or_id, limits)
+
+    def _change(self, name_or_id: str, values: Mapping[str, int | None]) -> None:
         unknown = ConfigError(
             f"no active key is named {_quote(name_or_id)}; see `fathom keys list`"
         )
         if not NAME.fullmatch(name_or_id):  # no id either
             raise unknown
+        assignments = ", ".join(f"{column} = ?" for column in values)
         try:
             with self._connection:
                 cursor = self._connection.execute(
-                    "UPDATE keys SET revoked_at = ? "
+                    f"UPDATE keys SET {assignments} "
                     "WHERE revoked_at IS NULL AND public_id = coalesce("
                     "(SELECT public_id FROM keys WHERE name = ? AND revoked_at IS NULL), ?)",
-                    (int(self._clock()), name_or_id, name_or_id),
+                    (*values.values(), name_or_id, name_or_id),
                 )
             self._checkpoint()
         except sqlite3.Error as error:

@@ -1,27 +1,65 @@
-"""`fathom keys`: create, list and revoke API keys. A key is printed once and never listed."""
+"""`fathom keys`: create, list, limit and revoke API keys, and what each has used.
+
+A key is printed once and never listed.
+"""
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
+from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from api.keys import SECONDS_PER_DAY, KeyEntry, KeyStore
+from api.ledger import LedgerRow, ledger_path, read_ledger
 from runtime import ConfigError
 
 MAX_DAYS = 36_500
 """The longest life of a key that expires."""
 NO_KEYS = "No keys yet; make one with `fathom keys create NAME`."
 
+LENT = "lent by a server"
+"""The name of keys that were never in the store: of one run of a server."""
+MAX_LIMIT = 2**53
+NO_LIMIT = "none"
+COUNTS = {
+    "requests": "requests",
+    "prompt": "prompt_tokens",
+    "cached": "cached_tokens",
+    "answer": "completion_tokens",
+}
+"""Title of a column of the usage table -> field of `LedgerRow`."""
+
+MaxConcurrency = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N",
+        help="Requests of the key that one server answers at once.",
+        show_default="any number",
+    ),
+]
+TokensPerDay = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N",
+        help="Tokens of prompts and answers together, per day in UTC.",
+        show_default="any number",
+    ),
+]
+
 keys_app = typer.Typer(
-    help="Create, list and revoke the API keys that clients send.", no_args_is_help=True
+    help="Create, list, limit and revoke the API keys that clients send, and see their use.",
+    no_args_is_help=True,
 )
 
 
@@ -35,11 +73,14 @@ def create_key(
             show_default="never expires",
         ),
     ] = None,
+    max_concurrency: MaxConcurrency = None,
+    tokens_per_day: TokensPerDay = None,
 ) -> None:
     """Make a key and show it once; only its digest is kept."""
     expires_at = None if expires is None else parse_expiry(expires, time.time())
+    limits = parse_limits(max_concurrency, tokens_per_day)
     with closing(KeyStore.open()) as store:
-        secret = store.create(name, expires_at)
+        secret = store.create(name, expires_at, **limits)
         try:
             Console(stderr=True).print("Keep this key; it is not shown again:", style="dim")
             # The key alone on stdout, so that it can be piped into a client's configuration.
@@ -63,6 +104,54 @@ def list_keys() -> None:
             console.print(line, markup=False)
     except OSError as error:
         raise ConfigError(f"standard output took no list: {error}") from None
+
+
+@keys_app.command("limit")
+def limit_key(
+    name: Annotated[str, typer.Argument(help="Name or id, as `fathom keys list` shows it.")],
+    max_concurrency: MaxConcurrency = None,
+    tokens_per_day: TokensPerDay = None,
+) -> None:
+    """Change what a key may use, at once, also in running servers; `none` lifts a limit."""
+    limits = parse_limits(max_concurrency, tokens_per_day)
+    if not limits:
+        raise ConfigError("nothing to change: give --max-concurrency N, --tokens-per-day N or both")
+    with closing(KeyStore.open()) as store:
+        store.limit(name, limits)
+    words = [_in_words(column, value) for column, value in limits.items()]
+    try:
+        text = f"{name}: {', '.join(words)}."
+        Console(soft_wrap=True).print(text, markup=False, highlight=False)
+    except OSError as error:
+        raise ConfigError(f"{name} is limited, but standard output took no text: {error}") from None
+
+
+@keys_app.command("usage")
+def show_usage(
+    days: Annotated[
+        int,
+        typer.Option(help="Days to show, the current one in UTC included.", min=1, max=MAX_DAYS),
+    ] = 30,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON, one object per day, key and model.")
+    ] = False,
+) -> None:
+    """Show the tokens that each key has used, by day and model."""
+    with closing(KeyStore.open()) as store:
+        names = {entry.public_id: entry.name for entry in store.list()}
+        path = ledger_path(store.path)
+    rows = read_ledger(path, int(time.time() // SECONDS_PER_DAY) - days + 1)
+    try:
+        if as_json:
+            sys.stdout.write(json.dumps([_usage_object(row, names) for row in rows]) + "\n")
+            sys.stdout.flush()
+        elif rows:
+            Console().print(usage_table(rows, names))
+        else:
+            text = f"No key was used in the last {days} days."
+            Console(soft_wrap=True).print(text, markup=False, highlight=False)
+    except OSError as error:
+        raise ConfigError(f"standard output took no usage: {error}") from None
 
 
 @keys_app.command("revoke")
@@ -90,8 +179,41 @@ def table(entries: list[KeyEntry], now: float) -> Iterator[str]:
             _moment(entry.created_at),
             "never" if entry.expires_at is None else _moment(entry.expires_at),
             "never" if entry.last_used_day is None else _day(entry.last_used_day),
-            entry.state(now),
+            ", ".join([entry.state(now), *_limits(entry)]),
         )
+
+
+def usage_table(rows: list[LedgerRow], names: Mapping[str, str]) -> Table:
+    """The ledger for people: a line per day, key and model, and the sum of all."""
+    shown = Table(box=None, pad_edge=False, show_footer=True, header_style="dim")
+    shown.add_column("day (UTC)", footer="all", no_wrap=True)
+    shown.add_column("key", overflow="ellipsis", no_wrap=True)
+    shown.add_column("model", overflow="ellipsis", no_wrap=True)
+    for title, field in COUNTS.items():
+        total = sum(getattr(row, field) for row in rows)
+        shown.add_column(title, footer=f"{total:,}", justify="right", no_wrap=True)
+    for row in rows:
+        counts = [f"{getattr(row, field):,}" for field in COUNTS.values()]
+        name = names.get(row.key_id, LENT)
+        shown.add_row(_day(row.day), Text(name), Text(row.model), *counts)
+    return shown
+
+
+def parse_limits(max_concurrency: str | None, tokens_per_day: str | None) -> dict[str, int | None]:
+    """The limits that were given, None for one that is lifted. Raises `ConfigError`."""
+    given = {"max_concurrency": max_concurrency, "tokens_per_day": tokens_per_day}
+    limits: dict[str, int | None] = {}
+    for column, text in given.items():
+        if text is None:
+            continue
+        is_number = re.fullmatch(r"[0-9]{1,16}", text) is not None
+        if text != NO_LIMIT and not (is_number and 1 <= int(text) <= MAX_LIMIT):
+            raise ConfigError(
+                f"--{column.replace('_', '-')} {text[:40]!r} is not a whole number between 1 and "
+                f"{MAX_LIMIT}; write `{NO_LIMIT}` for no limit"
+            )
+        limits[column] = None if text == NO_LIMIT else int(text)
+    return limits
 
 
 def parse_expiry(text: str, now: float) -> int:
@@ -117,6 +239,22 @@ def parse_expiry(text: str, now: float) -> int:
     if day > today + timedelta(days=MAX_DAYS):
         raise ConfigError(f"{problem} is more than {MAX_DAYS} days away; leave --expires out")
     return int((day + timedelta(days=1)).timestamp()) - 1
+
+
+def _usage_object(row: LedgerRow, names: Mapping[str, str]) -> dict[str, str | int]:
+    fields: dict[str, str | int] = asdict(row)
+    return {**fields, "day": _day(row.day), "name": names.get(row.key_id, LENT)}
+
+
+def _limits(entry: KeyEntry) -> list[str]:
+    """The limits of a key in words; most keys have none."""
+    limits = {"max_concurrency": entry.max_concurrency, "tokens_per_day": entry.tokens_per_day}
+    return [_in_words(column, value) for column, value in limits.items() if value is not None]
+
+
+def _in_words(column: str, value: int | None) -> str:
+    what = {"max_concurrency": "at once", "tokens_per_day": "tokens a day"}[column]
+    return f"any number {what}" if value is None else f"at most {value:,} {what}"
 
 
 def _moment(seconds: int) -> str:

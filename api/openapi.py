@@ -8,29 +8,20 @@ field and with random requests.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-from api.fields import INT32_MAX
-from api.sampling_fields import MAX_LOGIT_BIAS
+from api.openapi_completions import completion_answer_schemas, completion_request_schemas
+from api.openapi_parts import (
+    JSON,
+    REFERENCE,
+    Schema,
+    body_of,
+    clean,
+    closed_object,
+    limit_sampling,
+    or_null,
+    reference,
+)
 from api.schemas import ChatRequest
-from runtime import INT64_MAX, INT64_MIN, MAX_STOP_CHARS, MAX_STOP_STRINGS
-
-Schema = dict[str, Any]
-
-JSON = "application/json"
-REFERENCE = "#/components/schemas/{model}"
-
-RANGES: dict[str, Schema] = {
-    "temperature": {"minimum": 0, "maximum": 2},
-    "top_p": {"minimum": 0, "maximum": 1},
-    "top_k": {"minimum": -1, "maximum": INT32_MAX},
-    "min_p": {"minimum": 0, "maximum": 1},
-    "presence_penalty": {"minimum": -2, "maximum": 2},
-    "frequency_penalty": {"minimum": -2, "maximum": 2},
-    "repetition_penalty": {"exclusiveMinimum": 0, "maximum": 10},
-    "min_tokens": {"minimum": 0, "maximum": INT32_MAX},
-}
-"""What `runtime.SamplingParams` checks and the models of `api.schemas` do not."""
 
 DESCRIPTIONS = {
     "temperature": "0 always takes the most likely token. Left out: what the checkpoint says.",
@@ -43,13 +34,20 @@ DESCRIPTIONS = {
     "n": "Answers to generate.",
     "top_logprobs": "More than 0 needs logprobs to be true.",
     "stream": "Answer with server-sent events.",
-    "tools": "Tools are accepted and not called yet.",
+    "timings": "Say how long the answer took, as the header 'X-Fathom-Timings: 1' does too.",
+    "timings_per_token": "The same as timings.",
+    "add_generation_prompt": "Whether the template opens a new answer; true if left out.",
+    "continue_final_message": "The answer goes on with the text of the last message, which must be "
+    "an assistant's without tool calls; prefix in that message, and in no other, says the same. "
+    "If it has reasoning_content, the answer goes on behind that thought, or inside it if there is "
+    "no text. add_generation_prompt cannot be true then.",
+    "tools": "Functions that the model may call. A model that was not taught to call any is told "
+    "of them only if tool_choice asks for a call.",
+    "tool_choice": "A function must be one of tools. Without tools it means nothing.",
+    "parallel_tool_calls": "false ends the answer behind the first call.",
     "chat_template_kwargs": "Variables of the chat template, at most 65,536 characters of JSON. "
     "Names that the server sets itself, as messages and tools, are refused.",
 }
-
-PYDANTIC_LIMITS = {"ge": "minimum", "le": "maximum"}
-"""Where a validator of our own comes first, pydantic leaves its limits under its own names."""
 
 OPERATION_ERRORS = ("400", "403", "408", "413", "414", "421", "429", "431", "500", "503")
 """What any request may end in, whatever it asks for."""
@@ -63,7 +61,8 @@ ERRORS = {
     "413": "The body is too long.",
     "414": "The first line of the request is too long.",
     "421": "The request names a host that is not this server.",
-    "429": "Too many requests wait, or too many wrong keys were sent.",
+    "429": "Too many requests wait, the API key has as many requests or tokens as it may have, or "
+    "too many wrong keys were sent.",
     "431": "The headers are too long or too many.",
     "500": "The server or the engine failed while it worked on this request.",
     "503": "The model is being loaded or replaced, or the server stops or is overloaded.",
@@ -80,10 +79,10 @@ def openapi_document(model_names: Sequence[str], *, needs_key: bool) -> Schema:
         "info": {
             "title": "Fathom",
             "version": "1",
-            "description": "Chat completions as the OpenAI API has them, from a model on this "
-            "machine. Paths are reached with and without /v1. Fields that the server does not "
-            "know are ignored, and null stands for a field that is left out. Bodies are at most 64 "
-            "levels deep.",
+            "description": "Completions as the OpenAI API has them, from a model on this machine. "
+            "Paths are reached with and without /v1, and under /beta. Fields that the server does "
+            "not know are ignored, and null stands for a field that is left out. Bodies are at "
+            "most 64 levels deep.",
         },
         "servers": [{"url": "/"}],
         "paths": _paths(model_names, needs_key=needs_key),
@@ -120,19 +119,27 @@ def _paths(model_names: Sequence[str], *, needs_key: bool) -> Schema:
         }
         return described
 
-    completion = _response("The answer.", "ChatCompletion")
-    completion["content"]["text/event-stream"] = {"schema": _reference("ChatEvent")}
-    chat = operation("createChatCompletion", "Answer a conversation.", completion, "404")
-    chat["requestBody"] = {
-        "required": True,
-        "content": {JSON: {"schema": _reference("ChatRequest")}},
-    }
+    answer = _response("The answer.", "ChatCompletion")
+    answer["content"]["text/event-stream"] = {"schema": reference("ChatEvent")}
+    chat = operation("createChatCompletion", "Answer a conversation.", answer, "404")
+    chat["requestBody"] = body_of("ChatRequest")
+    text = _response("The answer.", "TextCompletion")
+    text["content"]["text/event-stream"] = {"schema": reference("TextEvent")}
+    completion = operation("createCompletion", "Go on with prompts.", text, "404")
+    completion["requestBody"] = body_of("CompletionRequest")
+    tokens = _response("The tokens.", "Tokens")
+    tokenize = operation("tokenize", "Tokens of a text or a conversation.", tokens, "404")
+    tokenize["requestBody"] = body_of("TokenizeRequest")
+    detokenize = operation("detokenize", "The text.", _response("The text.", "Text"), "404")
+    detokenize["requestBody"] = body_of("DetokenizeRequest")
     model = operation("getModel", "One model.", _response("The model.", "Model"), "404")
-    model["parameters"] = [
-        {"name": "name", "in": "path", "required": True, "schema": {"enum": list(model_names)}}
-    ]
+    name = {"name": "name", "in": "path", "required": True, "schema": {"enum": list(model_names)}}
+    model["parameters"] = [name]
+    engine_chat = {**chat, "operationId": "createEngineChatCompletion", "parameters": [name]}
+    engine_text = {**completion, "operationId": "createEngineCompletion", "parameters": [name]}
     document = _response("The document.", "Document")
     health = _response("The server's process lives.", "Health")
+    figures = _response("Prometheus' text format, 0.0.4.", "Metrics", "text/plain")
     ready = operation(
         "getReady",
         "Whether requests are answered.",
@@ -142,6 +149,11 @@ def _paths(model_names: Sequence[str], *, needs_key: bool) -> Schema:
     ready["responses"]["503"] = _response("Not now.", "NotReady", JSON, _error_headers("503"))
     return {
         "/v1/chat/completions": {"post": chat},
+        "/v1/completions": {"post": completion},
+        "/v1/engines/{name}/chat/completions": {"post": engine_chat},
+        "/v1/engines/{name}/completions": {"post": engine_text},
+        "/v1/tokenize": {"post": tokenize},
+        "/v1/detokenize": {"post": detokenize},
         "/v1/models": {
             "get": operation("listModels", "The models.", _response("The models.", "ModelList"))
         },
@@ -151,6 +163,10 @@ def _paths(model_names: Sequence[str], *, needs_key: bool) -> Schema:
         },
         "/ready": {"get": ready},
         "/openapi.json": {"get": operation("getDocument", "This document.", document)},
+        "/metrics": {"get": operation("getMetrics", "Figures for Prometheus.", figures)},
+        "/stats": {
+            "get": operation("getStats", "Figures of now.", _response("The figures.", "Stats"))
+        },
     }
 
 
@@ -158,28 +174,18 @@ def _request_schemas(model_names: Sequence[str]) -> Schema:
     """`ChatRequest` and its parts, as strict as the server and no stricter."""
     root = ChatRequest.model_json_schema(ref_template=REFERENCE)
     parts: Schema = root.pop("$defs")
-    schemas: Schema = {name: _clean(part) for name, part in parts.items()}
-    request = schemas["ChatRequest"] = _clean(root)
+    schemas: Schema = {name: clean(part) for name, part in parts.items()}
+    request = schemas["ChatRequest"] = clean(root)
     request["description"] = "A chat request."
     fields = request["properties"]
-    for name, limits in RANGES.items():
-        fields[name]["anyOf"][0].update(limits)
-    fields["model"] = {"enum": [*model_names, None]}
-    text = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARS}
-    texts = {"type": "array", "items": text, "maxItems": MAX_STOP_STRINGS}
-    fields["stop"] = {"anyOf": [text, texts, {"type": "null"}]}
-    fields["stop_token_ids"]["anyOf"][0]["items"] = {"type": "integer", "minimum": 0}
-    fields["logit_bias"]["anyOf"][0] = {
-        "type": "object",
-        "propertyNames": {"pattern": "^[0-9]{1,9}$"},
-        "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
-        "maxProperties": MAX_LOGIT_BIAS,
-    }
-    fields["tool_choice"] = {"type": ["string", "object", "null"], "additionalProperties": True}
+    limit_sampling(fields, model_names)
+    choices: Schema = {"enum": ["none", "auto", "required", None]}
+    fields["tool_choice"] = {"anyOf": [choices, reference("NamedTool")]}
     switch = {"type": ["boolean", "null"]}
     fields["chat_template_kwargs"]["anyOf"][0]["properties"] = {
         "thinking": switch,
         "enable_thinking": switch,
+        "thinking_budget": {"type": ["integer", "null"], "minimum": 0},
     }
     for name, description in DESCRIPTIONS.items():
         fields[name]["description"] = description
@@ -187,16 +193,29 @@ def _request_schemas(model_names: Sequence[str]) -> Schema:
         {"properties": {"top_logprobs": {"enum": [0, None]}}},
         {"properties": {"logprobs": {"const": True}}, "required": ["logprobs"]},
     ]
-    schemas["ResponseFormat"]["properties"]["type"]["enum"] = ["text"]
+    open_object: Schema = {"type": "object", "additionalProperties": True}
+    described = {**open_object, "properties": {"schema": open_object}, "required": ["schema"]}
+    schemas["ResponseFormat"]["anyOf"] = [
+        {"properties": {"type": {"enum": ["text", "json_object"]}}},
+        _needs("json_schema", json_schema=described),
+        _needs("regex", regex={"type": "string"}),
+        _needs("regex", pattern={"type": "string"}),
+        _needs("grammar", grammar={"type": "string"}),
+    ]
     schemas |= _message_schemas(schemas.pop("Message"))
-    return schemas
+    return schemas | completion_request_schemas(model_names)
+
+
+def _needs(kind: str, **fields: Schema) -> Schema:
+    """A response format of this type has these fields, not null."""
+    return {"properties": {"type": {"const": kind}, **fields}, "required": list(fields)}
 
 
 def _message_schemas(message: Schema) -> Schema:
     """Only an assistant's message may be without content: it may be all thought or tool calls."""
     fields: Schema = message["properties"]
     roles: list[str] = fields["role"]["enum"]
-    parts = {"type": "array", "items": _reference("TextPart")}
+    parts = {"type": "array", "items": reference("TextPart")}
     text = {"type": "string"}
     assistant = fields | {
         "role": {"const": "assistant"},
@@ -204,32 +223,14 @@ def _message_schemas(message: Schema) -> Schema:
     }
     others = fields | {
         "role": {"enum": [role for role in roles if role != "assistant"]},
+        "prefix": {"enum": [False, None]},
         "content": {"anyOf": [text, parts]},
     }
     return {
-        "Message": {"anyOf": [_reference("AssistantMessage"), _reference("OtherMessage")]},
+        "Message": {"anyOf": [reference("AssistantMessage"), reference("OtherMessage")]},
         "AssistantMessage": {**message, "properties": assistant, "required": ["role"]},
         "OtherMessage": {**message, "properties": others, "required": ["role", "content"]},
     }
-
-
-def _clean(node: Any) -> Any:
-    """A schema of pydantic without titles and defaults, with limits of 64 bits and open objects."""
-    if isinstance(node, list):
-        return [_clean(item) for item in node]
-    if not isinstance(node, dict):
-        return node
-    cleaned: Schema = {}
-    for key, value in node.items():
-        if key == "properties":  # its keys are names of fields, as "title" may be one
-            cleaned[key] = {name: _clean(field) for name, field in value.items()}
-        elif key not in ("title", "default", "description"):
-            cleaned[PYDANTIC_LIMITS.get(str(key), str(key))] = _clean(value)
-    if "properties" in cleaned:
-        cleaned.setdefault("additionalProperties", True)
-    if cleaned.get("type") == "integer":
-        cleaned = {"minimum": INT64_MIN, "maximum": INT64_MAX, **cleaned}
-    return cleaned
 
 
 def _answer_schemas(model_names: Sequence[str]) -> Schema:
@@ -248,18 +249,18 @@ def _answer_schemas(model_names: Sequence[str]) -> Schema:
         "max_model_len": {"type": "integer", "minimum": 1},
     }
     head: Schema = {"id": text, "created": count, "model": name, "system_fingerprint": text}
-    finish_reason: Schema = {"enum": ["stop", "length"]}
+    finish_reason: Schema = {"enum": ["stop", "length", "tool_calls"]}
     token: Schema = {
         "token": text,
         "logprob": {"type": "number", "maximum": 0},
         "bytes": {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 255}},
     }
-    tops: Schema = {"type": "array", "items": _reference("TopLogprob"), "maxItems": 20}
-    tokens: Schema = {"type": ["array", "null"], "items": _reference("TokenLogprob")}
+    tops: Schema = {"type": "array", "items": reference("TopLogprob"), "maxItems": 20}
+    tokens: Schema = {"type": ["array", "null"], "items": reference("TokenLogprob")}
     choice: Schema = {
         "index": count,
-        "message": _reference("AnswerMessage"),
-        "logprobs": _or_null("Logprobs"),
+        "message": reference("AnswerMessage"),
+        "logprobs": or_null("Logprobs"),
         "finish_reason": finish_reason,
     }
     delta: Schema = {
@@ -267,19 +268,26 @@ def _answer_schemas(model_names: Sequence[str]) -> Schema:
         "content": text,
         "reasoning_content": text,
         "reasoning": text,
+        "tool_calls": {"type": "array", "items": reference("AnswerToolCallDelta"), "minItems": 1},
     }
+    call: Schema = {
+        "id": text,
+        "type": {"const": "function"},
+        "function": closed_object({"name": text, "arguments": text}),
+    }
+    call_parts: Schema = {"index": count, "function": closed_object({"arguments": text})}
     chunk_choice: Schema = {
         "index": count,
-        "delta": _object(delta, optional=delta),
-        "logprobs": _reference("Logprobs"),
+        "delta": closed_object(delta, optional=delta),
+        "logprobs": reference("Logprobs"),
         "finish_reason": {"enum": [*finish_reason["enum"], None]},
     }
     usage: Schema = {
         "prompt_tokens": count,
         "completion_tokens": count,
         "total_tokens": count,
-        "prompt_tokens_details": _object({"cached_tokens": count}),
-        "completion_tokens_details": _object({"reasoning_tokens": count}),
+        "prompt_tokens_details": closed_object({"cached_tokens": count}),
+        "completion_tokens_details": closed_object({"reasoning_tokens": count}),
         "prompt_cache_hit_tokens": count,
         "prompt_cache_miss_tokens": count,
     }
@@ -290,23 +298,30 @@ def _answer_schemas(model_names: Sequence[str]) -> Schema:
         "code": text,
     }
     logprobs: Schema = {"content": tokens, "reasoning_content": tokens, "refusal": nothing}
-    message: Schema = {**delta, "refusal": nothing}
-    thoughts = ("reasoning_content", "reasoning")
+    message: Schema = {
+        **delta,
+        "content": {"type": ["string", "null"]},
+        "tool_calls": {"type": "array", "items": reference("AnswerToolCall"), "minItems": 1},
+        "refusal": nothing,
+    }
+    some = ("reasoning_content", "reasoning", "tool_calls")
     completion: Schema = {
         **head,
         "object": {"const": "chat.completion"},
-        "choices": {"type": "array", "items": _object(choice), "minItems": 1},
-        "usage": _reference("Usage"),
+        "choices": {"type": "array", "items": closed_object(choice), "minItems": 1},
+        "usage": reference("Usage"),
+        "timings": reference("Timings"),
     }
     chunk: Schema = {
         **head,
         "object": {"const": "chat.completion.chunk"},
-        "choices": {"type": "array", "items": _object(chunk_choice, optional=["logprobs"])},
-        "usage": _or_null("Usage"),
+        "choices": {"type": "array", "items": closed_object(chunk_choice, optional=["logprobs"])},
+        "usage": or_null("Usage"),
+        "timings": reference("Timings"),
     }
     events: Schema = {
         "contentMediaType": JSON,
-        "contentSchema": {"anyOf": [_reference("ChatCompletionChunk"), _reference("Error")]},
+        "contentSchema": {"anyOf": [reference("ChatCompletionChunk"), reference("Error")]},
     }
     event: Schema = {
         "event": {"const": "message"},
@@ -323,48 +338,79 @@ def _answer_schemas(model_names: Sequence[str]) -> Schema:
         "paths": {"type": "object", "additionalProperties": True},
     }
     return {
-        "Model": _object(model),
-        "ModelList": _object(
+        "Model": closed_object(model),
+        "ModelList": closed_object(
             {
                 "object": {"const": "list"},
-                "data": {"type": "array", "items": _reference("Model"), "minItems": 1},
+                "data": {"type": "array", "items": reference("Model"), "minItems": 1},
             }
         ),
-        "ChatCompletion": _object(completion),
-        "AnswerMessage": _object(message, optional=thoughts),
-        "ChatCompletionChunk": _object(chunk, optional=["usage"]),
+        "ChatCompletion": closed_object(completion, optional=["timings"]),
+        "AnswerMessage": closed_object(message, optional=some),
+        "AnswerToolCall": closed_object(call),
+        "AnswerToolCallDelta": {
+            "description": "The first of a call has its id and name; arguments are joined.",
+            "anyOf": [closed_object({"index": count, **call}), closed_object(call_parts)],
+        },
+        "ChatCompletionChunk": closed_object(chunk, optional=["usage", "timings"]),
         "ChatEvent": {
             "description": "One event of a stream. The last is [DONE], or an Error in its place.",
-            **_object(event, optional=["event"]),
+            **closed_object(event, optional=["event"]),
         },
-        "Logprobs": _object(logprobs, optional=["reasoning_content"]),
-        "TokenLogprob": _object({**token, "top_logprobs": tops}),
-        "TopLogprob": _object(token),
-        "Usage": _object(usage),
-        "Health": _object({"status": {"const": "ok"}}),
-        "Ready": _object({"status": {"const": "ready"}, "model": name}),
-        "NotReady": _object({"error": _object(error), **progress}),
-        "Document": {**_object(document), "additionalProperties": True},
-        "Error": _object({"error": _object(error)}),
+        "Logprobs": closed_object(logprobs, optional=["reasoning_content"]),
+        "TokenLogprob": closed_object({**token, "top_logprobs": tops}),
+        "TopLogprob": closed_object(token),
+        "Usage": closed_object(usage),
+        "Timings": closed_object(_timings()),
+        "Metrics": {"type": "string"},
+        "Stats": closed_object(_stats(name)),
+        "Health": closed_object({"status": {"const": "ok"}}),
+        "Ready": closed_object({"status": {"const": "ready"}, "model": name}),
+        "NotReady": closed_object({"error": closed_object(error), **progress}),
+        "Document": {**closed_object(document), "additionalProperties": True},
+        "Error": closed_object({"error": closed_object(error)}),
+        **completion_answer_schemas(head),
     }
 
 
-def _object(properties: Schema, *, optional: Sequence[str] | Schema = ()) -> Schema:
-    """An object of exactly these fields, of which only ``optional`` ones may be left out."""
+def _timings() -> Schema:
+    count: Schema = {"type": "integer", "minimum": 0}
+    measured: Schema = {"type": ["number", "null"], "minimum": 0}
+    milliseconds = dict.fromkeys(("queue_ms", "prompt_ms", "predicted_ms"), measured)
+    counts = dict.fromkeys(("prompt_n", "cached_n", "predicted_n"), count)
+    return (
+        milliseconds
+        | counts
+        | dict.fromkeys(("prompt_per_second", "predicted_per_second"), measured)
+    )
+
+
+def _stats(model_name: Schema) -> Schema:
+    text: Schema = {"type": "string"}
+    count: Schema = {"type": "integer", "minimum": 0}
+    amount: Schema = {"type": "number", "minimum": 0}
+    request: Schema = {
+        "id": text,
+        "key_id": {"type": ["string", "null"]},
+        "prompt_tokens": count,
+        "completion_tokens": count,
+        "seconds": amount,
+    }
+    sequences = dict.fromkeys(("num_running", "num_waiting"), count)
+    pages = dict.fromkeys(("num_pages", "num_free_pages", "num_cached_pages"), count)
+    kinds = ("prompt_tokens_total", "cached_tokens_total", "generation_tokens_total")
     return {
-        "type": "object",
-        "properties": properties,
-        "required": [name for name in properties if name not in optional],
-        "additionalProperties": False,
+        "model": model_name,
+        "uptime_seconds": amount,
+        **sequences,
+        **pages,
+        **dict.fromkeys(kinds, count),
+        "tokens_per_second": amount,
+        "requests_total": {"type": "object", "additionalProperties": count},
+        "restarts": count,
+        "ttft_seconds_p50": {"type": ["number", "null"], "minimum": 0},
+        "requests": {"type": "array", "items": closed_object(request)},
     }
-
-
-def _reference(name: str) -> Schema:
-    return {"$ref": REFERENCE.format(model=name)}
-
-
-def _or_null(name: str) -> Schema:
-    return {"anyOf": [_reference(name), {"type": "null"}]}
 
 
 def _headers() -> Schema:
@@ -398,5 +444,5 @@ def _response(
     return {
         "description": description,
         "headers": {name: {"$ref": f"#/components/headers/{name}"} for name in headers},
-        "content": {content_type: {"schema": _reference(schema)}},
+        "content": {content_type: {"schema": reference(schema)}},
     }

@@ -12,7 +12,13 @@ from dataclasses import dataclass, field
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-UNLOGGED_PATHS = frozenset({"/health", "/ready"})
+from api.figures import Figures
+from api.page import PATHS
+from api.timings import Timings
+
+UNLOGGED_PATHS = frozenset({"/health", "/ready", *PATHS})
+POLLED_PATHS = frozenset({"/metrics", "/stats"})
+"""Asked for every second or so; a good answer is not worth a line."""
 UNLOGGED_OUTCOMES = frozenset({"too_many_failed_keys"})
 """A flood of wrong keys would be one of lines too; those within the limit are logged."""
 MAX_PATH_CHARS = 256
@@ -35,22 +41,24 @@ class RequestRecord:
     num_prompt_tokens: int | None = None
     num_cached_tokens: int | None = None
     num_completion_tokens: int | None = None
+    is_generating: bool = False  # it asks for tokens, whether it gets any or not
+    finish_reasons: list[str] = field(default_factory=list)  # of its choices that came to an end
+    timings: Timings | None = None  # once it is over
     outcome: str | None = None  # an error's code, if the status cannot tell
-
-    def note_token(self) -> None:
-        """The first call is the time of the first token."""
-        if self.first_token is None:
-            self.first_token = time.monotonic()
 
     def milliseconds(self, end: float | None) -> int | None:
         return None if end is None else round(1000 * (end - self.arrived))
 
 
 class RequestLog:
-    """Wraps the whole application, the guard too, so that refused requests are logged as well."""
+    """Wraps the whole application, the guard too, so that refused requests are logged as well.
 
-    def __init__(self, app: ASGIApp) -> None:
+    Generating requests are also counted, in ``figures``.
+    """
+
+    def __init__(self, app: ASGIApp, figures: Figures) -> None:
         self.app = app
+        self.figures = figures
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -75,7 +83,9 @@ class RequestLog:
             await self.app(scope, receive, send_watched)
         finally:
             outcome = record.outcome or (OK if complete else CLIENT_GONE)
-            if scope["path"] not in UNLOGGED_PATHS and outcome not in UNLOGGED_OUTCOMES:
+            if record.is_generating:
+                count(self.figures, record, outcome)
+            if is_logged(scope["path"], outcome):
                 entry = scope.get("api_key")
                 fields = {
                     "id": scope.get("request_id"),
@@ -92,6 +102,31 @@ class RequestLog:
                     "outcome": outcome,
                 }
                 logger.info("request", extra={"fields": fields})
+
+
+def is_logged(path: str, outcome: str) -> bool:
+    """Whether a request is worth a line; ``path`` is the route's, without ``/v1``."""
+    if path in UNLOGGED_PATHS or outcome in UNLOGGED_OUTCOMES:
+        return False
+    return path not in POLLED_PATHS or outcome != OK
+
+
+def count(figures: Figures, record: RequestRecord, outcome: str) -> None:
+    """Add a generating request that is over; the times are of those that were answered."""
+    figures.outcomes[outcome] += 1
+    figures.finish_reasons.update(record.finish_reasons)
+    if record.timings is None:
+        return
+    figures.generation_tokens.observe(record.num_completion_tokens or 0)
+    figures.request_seconds.observe(time.monotonic() - record.arrived)
+    parts = (
+        (figures.queue_seconds, record.timings.queue_seconds),
+        (figures.prefill_seconds, record.timings.prompt_seconds),
+        (figures.decode_seconds, record.timings.predicted_seconds),
+    )
+    for histogram, seconds in parts:
+        if seconds is not None:
+            histogram.observe(seconds)
 
 
 def _error_code(body: bytes) -> str | None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import heapq
 import logging
+import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable
@@ -19,13 +21,17 @@ from typing import NoReturn, TypeVar
 from starlette.types import Scope
 
 from api.errors import HttpError
+from api.figures import Figures
 from api.keys import KeyEntry, KeyStore
+from api.ledger import Ledger, Usage
 from api.request_log import RequestRecord
 from runtime import QueueTimeout, RequestError
 
 MAX_ENCODING = 2
 """Prompts encoded at once. A long one holds a core for seconds; the others keep theirs."""
 KEY_CHECK_SECONDS = 0.5
+REQUEST_ID_PREFIX = "req_"
+"""Of ids that this server gave, where the client sent none."""
 
 T = TypeVar("T")
 
@@ -33,24 +39,69 @@ logger = logging.getLogger("fathom.api")
 
 
 class RunningRequest:
-    """One request from its admission until `leave`. ``ended`` is set by whoever ends it early."""
+    """One request from its admission until `leave`. ``ended`` is set by whoever ends it early.
 
-    def __init__(self, scope: Scope, seconds: float, leave: Callable[[], None]) -> None:
+    What it uses is counted as it comes: in ``figures``, and for its key in ``ledger``.
+    """
+
+    def __init__(
+        self,
+        scope: Scope,
+        seconds: float,
+        leave: Callable[[], None],
+        figures: Figures,
+        ledger: Ledger | None,
+    ) -> None:
         loop = asyncio.get_running_loop()
         key: KeyEntry | None = scope.get("api_key")
         self.id: str = scope["request_id"]
         self.key_id = None if key is None else key.public_id
         self.record: RequestRecord = scope["record"]
+        self.wants_timings = False
         self.ended: asyncio.Future[RequestError] = loop.create_future()
+        self._figures = figures
+        self._ledger = ledger
+        self._progress: dict[int, tuple[int, float]] = {}  # choice -> (its tokens, since when)
         self._abort: Callable[[], None] = lambda: None
         self._leave = leave
         self._timer = loop.call_later(seconds, self.end, took_too_long(seconds))
+
+    def answer_id(self, prefix: str) -> str:
+        """The id of its answer, which is its own, so that one is found by the other."""
+        return f"{prefix}-{self.id.removeprefix(REQUEST_ID_PREFIX)}"
 
     def submitted(self, abort: Callable[[], None], num_prompt_tokens: int) -> None:
         """The engine has it now; ``abort`` frees what it holds there and never waits."""
         self._abort = abort
         self.record.submitted = time.monotonic()
         self.record.num_prompt_tokens = num_prompt_tokens
+        self._figures.add_prompt(num_prompt_tokens)
+        self._account(Usage(num_requests=1, num_prompt_tokens=num_prompt_tokens))
+
+    def note_progress(self, choice: int, num_tokens: int, num_cached_tokens: int) -> None:
+        """The choice has ``num_tokens`` now; so much of the prompt was found in the cache."""
+        now = time.monotonic()
+        record = self.record
+        num_before, last = self._progress.get(choice, (0, None))
+        num_new = num_tokens - num_before
+        num_newly_cached = num_cached_tokens - (record.num_cached_tokens or 0)
+        if num_newly_cached > 0:
+            record.num_cached_tokens = num_cached_tokens
+            self._figures.add_cached(num_newly_cached)
+            self._account(Usage(num_cached_tokens=num_newly_cached))
+        if num_new <= 0:
+            return
+        self._progress[choice] = num_tokens, now
+        if record.first_token is None:
+            record.first_token = now
+            self._figures.add_first_token(now - record.arrived)
+        self._figures.add_tokens(num_new, None if last is None else now - last)
+        record.num_completion_tokens = (record.num_completion_tokens or 0) + num_new
+        self._account(Usage(num_completion_tokens=num_new))
+
+    def _account(self, usage: Usage) -> None:
+        if self._ledger is not None and self.key_id is not None:
+            self._ledger.add(self.key_id, usage)
 
     def end(self, error: RequestError) -> None:
         """Give the client this error in place of the rest of its answer. Idempotent."""
@@ -144,10 +195,13 @@ class EncodingThreads:
 
 
 class Running:
-    """All running requests, and the threads that encode their prompts."""
+    """All running requests, what they add up to, and the threads that encode their prompts."""
 
-    def __init__(self) -> None:
+    def __init__(self, ledger: Ledger | None = None) -> None:
+        """``ledger`` None keeps no account of keys, and no limits on their tokens."""
+        self.figures = Figures()
         self.draining = False
+        self._ledger = ledger
         self.num_encoding = 0  # choices of admitted requests that are not submitted yet
         self._requests: set[RunningRequest] = set()
         self._threads = EncodingThreads()
@@ -162,9 +216,32 @@ class Running:
         """
         if self.draining:
             raise shutting_down()
-        request = RunningRequest(scope, seconds, lambda: self._requests.discard(request))
+        request = RunningRequest(
+            scope,
+            seconds,
+            lambda: self._requests.discard(request),
+            self.figures,
+            self._ledger,
+        )
         self._requests.add(request)
         return request
+
+    def check_limits(self, key: KeyEntry | None) -> None:
+        """Raises `HttpError` 429 for a key that has as much as it may have. Who runs goes on."""
+        if key is None:
+            return
+        if key.max_concurrency is not None:
+            num_running = sum(request.key_id == key.public_id for request in self._requests)
+            if num_running >= key.max_concurrency:
+                raise too_many_at_once(key.max_concurrency)
+        if key.tokens_per_day is not None and self._ledger is not None:
+            num_tokens = self._ledger.tokens_today(key.public_id)
+            if num_tokens >= key.tokens_per_day:
+                raise no_tokens_left(num_tokens, key.tokens_per_day, self._ledger)
+
+    def oldest(self, count: int) -> list[RunningRequest]:
+        """Up to ``count`` running requests, those that arrived first before others."""
+        return heapq.nsmallest(count, self._requests, key=lambda request: request.record.arrived)
 
     async def encode(
         self, key_id: str | None, num_choices: int, seconds: float, work: Callable[[], T]
@@ -227,6 +304,28 @@ def took_too_long(seconds: float) -> HttpError:
         f"The request took longer than the {seconds:g} seconds that this server gives one.",
         code="time_limit_exceeded",
         error_type="server_error",
+    )
+
+
+def too_many_at_once(limit: int) -> HttpError:
+    return HttpError(
+        429,
+        f"This API key may have {limit} requests running at once, and has them. Try again when one "
+        "has ended.",
+        code="rate_limit_exceeded",
+        error_type="rate_limit_error",
+    )
+
+
+def no_tokens_left(num_tokens: int, limit: int, ledger: Ledger) -> HttpError:
+    seconds = max(math.ceil(ledger.seconds_left_today), 1)
+    return HttpError(
+        429,
+        f"This API key has used {num_tokens} tokens today and may use {limit} a day. The next day "
+        f"begins at midnight UTC, in {seconds} s.",
+        code="tokens_per_day_exceeded",
+        error_type="rate_limit_error",
+        retry_seconds=seconds,
     )
 
 

@@ -62,6 +62,8 @@ class SamplingFields(Body):
     n: Annotated[Integer, Field(ge=1, le=MAX_CHOICES)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    timings: bool | None = None
+    timings_per_token: bool | None = None  # llama.cpp's name
 
     @property
     def num_choices(self) -> int:

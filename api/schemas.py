@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from api.fields import FAIL_FAST, PARTS, TEXT, Body, Integer, TextOrObject, parse, show
+from api.fields import FAIL_FAST, INT32_MAX, PARTS, TEXT, Body, Integer, parse, show
+from api.response_format import ResponseFormat, grammar_of
 from api.sampling_fields import SamplingFields, sampling_params
+from api.tools import ToolChoice, Tools, check_tools
 from runtime import BadRequest, GenerationDefaults, SamplingParams
 
 MAX_MESSAGES = 2048
@@ -23,14 +26,12 @@ IGNORED_FIELDS = frozenset(
         "include_reasoning",
         "metadata",
         "modalities",
-        "parallel_tool_calls",
         "prediction",
         "prompt_cache_key",
         "safety_identifier",
         "separate_reasoning",
         "service_tier",
         "store",
-        "thinking_budget",
         "verbosity",
     }
 )
@@ -41,6 +42,7 @@ def _content_kind(value: object) -> str:
     return PARTS if isinstance(value, list) else TEXT
 
 
+NumTokens = Annotated[Integer, Field(ge=0)]
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
@@ -74,19 +76,18 @@ class Message(Body):
     name: str | None = None
     tool_calls: Annotated[list[ToolCall], FAIL_FAST] | None = None
     tool_call_id: str | None = None
-
-
-class ResponseFormat(Body):
-    type: Literal["text", "json_object", "json_schema"]
+    prefix: bool | None = None  # DeepSeek's: the answer goes on with this message's text
 
 
 class Thinking(Body):
     type: Literal["enabled", "disabled", "auto"]
+    budget_tokens: NumTokens | None = None  # Anthropic's
 
 
 class Reasoning(Body):
     enabled: bool | None = None
     effort: ReasoningEffort | None = None
+    max_tokens: NumTokens | None = None  # OpenRouter's
 
 
 class ChatRequest(SamplingFields):
@@ -96,13 +97,25 @@ class ChatRequest(SamplingFields):
     logprobs: bool | None = None
     top_logprobs: Annotated[Integer, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
-    tools: Annotated[list[dict[str, Any]], FAIL_FAST] | None = None
-    tool_choice: TextOrObject | None = None
+    tools: Tools | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
     thinking: Thinking | None = None
     enable_thinking: bool | None = None
     reasoning: Reasoning | None = None
     reasoning_effort: ReasoningEffort | None = None
+    thinking_budget: NumTokens | None = None
+    thinking_token_budget: NumTokens | None = None  # vLLM's
+    break_thought_loops: bool | None = None
+    repetition_detection: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+
+    @property
+    def continues_final_message(self) -> bool:
+        """Whether the answer goes on with the text of the last message."""
+        return bool(self.continue_final_message or self.messages[-1].prefix)
 
 
 def parse_chat(body: Mapping[str, Any]) -> ChatRequest:
@@ -112,24 +125,86 @@ def parse_chat(body: Mapping[str, Any]) -> ChatRequest:
         raise BadRequest(
             "top_logprobs needs logprobs to be true", param="top_logprobs", code="invalid_value"
         )
-    if request.response_format and request.response_format.type != "text":
-        raise BadRequest(
-            f"response_format {request.response_format.type!r} is not supported by this version; "
-            "ask for the format in the messages",
-            param="response_format",
-            code="unsupported_value",
-        )
+    check_tools(request.tools, request.tool_choice)
+    _check_continuation(request)
     return request
+
+
+def _check_continuation(request: ChatRequest) -> None:
+    """Raises `BadRequest` unless what is to be continued is the last message, an assistant's."""
+    last = len(request.messages) - 1
+    for index, message in enumerate(request.messages):
+        if message.prefix and (index < last or message.role != "assistant"):
+            raise BadRequest(
+                "prefix may only be set on the last message, and it must be an assistant's",
+                param=f"messages[{index}].prefix",
+                code="invalid_value",
+            )
+    if not request.continues_final_message:
+        return
+    if request.messages[last].role != "assistant":
+        raise BadRequest(
+            "continue_final_message needs a last message with the role 'assistant', got "
+            f"{request.messages[last].role!r}",
+            param="continue_final_message",
+            code="invalid_value",
+        )
+    if request.messages[last].tool_calls:
+        raise BadRequest(
+            "a message that is to be continued cannot have tool_calls",
+            param=f"messages[{last}].tool_calls",
+            code="invalid_value",
+        )
+    if request.add_generation_prompt:
+        raise BadRequest(
+            "add_generation_prompt opens a new answer, so it cannot be true while the last message "
+            "is continued",
+            param="add_generation_prompt",
+            code="invalid_value",
+        )
 
 
 def chat_sampling(request: ChatRequest, defaults: GenerationDefaults) -> SamplingParams:
     """How to sample an answer. Raises `BadRequest` for a value out of range."""
-    return sampling_params(
+    params = sampling_params(
         request,
         defaults,
         max_tokens=request.max_completion_tokens or request.max_tokens,
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
     )
+    return replace(
+        params,
+        grammar=grammar_of(request.response_format),
+        thinking_budget=_thinking_budget(request),
+        break_loops=bool(request.break_thought_loops or request.repetition_detection),
+    )
+
+
+def _thinking_budget(request: ChatRequest) -> int | None:
+    """Tokens the thought may have; the first of its names that is set counts.
+
+    Raises `BadRequest` for one in ``chat_template_kwargs`` that is no such number, also where
+    another counts.
+    """
+    variable = (request.chat_template_kwargs or {}).get("thinking_budget")
+    is_number = isinstance(variable, int | float) and not isinstance(variable, bool)
+    if variable is not None and not (is_number and variable >= 0 and variable == variable // 1):
+        raise BadRequest(
+            "Invalid 'chat_template_kwargs.thinking_budget': it must be an integer of at least 0, "
+            f"got {show(variable)}.",
+            param="chat_template_kwargs.thinking_budget",
+            code="invalid_value",
+        )
+    for budget in (
+        request.thinking_budget,
+        request.thinking_token_budget,
+        request.thinking.budget_tokens if request.thinking else None,
+        request.reasoning.max_tokens if request.reasoning else None,
+        variable,
+    ):
+        if budget is not None:
+            return int(min(budget, INT32_MAX))
+    return None
 
 
 def unknown_fields(body: Mapping[str, Any]) -> set[str]:
@@ -201,7 +276,7 @@ def template_messages(request: ChatRequest) -> list[dict[str, Any]]:
                 param=f"messages[{index}].content",
                 code="missing_required_parameter",
             )
-        fields = message.model_dump(exclude_none=True, exclude={"content", "reasoning"})
+        fields = message.model_dump(exclude_none=True, exclude={"content", "reasoning", "prefix"})
         if message.reasoning and not message.reasoning_content:
             fields["reasoning_content"] = message.reasoning
         messages.append({**fields, "content": content})

@@ -29,10 +29,12 @@ from rich.console import Console
 from api.app import ServerState, create_app
 from api.connections import ACCEPTED_AT_ONCE, protocol_class, raise_file_limit
 from api.keys import KeyStore
+from api.ledger import Ledger, ledger_path
 from api.limits import Limits
 from api.listen import cannot_listen, is_loopback, listening_on, tls_context
 from api.memory import return_large_blocks
 from api.output import Output, logging_to
+from api.running import Running
 from api.server import Server
 from api.terminal import LoadingBar, describe
 from runtime import (
@@ -136,12 +138,15 @@ def serve_forever(config: EngineConfig, options: ServeOptions) -> None:
         stack.enter_context(logging_to(output, as_json=options.log_json))
         tls = tls_context(options.tls_certificate, options.tls_key)
         listener = stack.enter_context(listening_on(options.host, options.port, options.uds))
-        store = open_keys(options)
+        store, ledger = open_keys(options), None
         if store is not None:
             stack.callback(store.close)
+            ledger = Ledger(ledger_path(store.path), options.model_names[0])
+            stack.callback(ledger.close)
+            ledger.start()
         config.resolve_device()
         checkpoint = inspect_checkpoint(find_checkpoint(config.model))
-        service = Service(config, options, listener, tls, store, checkpoint, output)
+        service = Service(config, options, listener, tls, store, ledger, checkpoint, output)
         asyncio.run(service.run())
     # Not by way of Python's own end: it would wait for a blocked output and for prompts that are
     # being encoded.
@@ -158,6 +163,7 @@ class Service:
         listener: socket.socket,
         tls: ssl.SSLContext | None,
         store: KeyStore | None,
+        ledger: Ledger | None,
         checkpoint: Checkpoint,
         output: Output,
     ) -> None:
@@ -185,6 +191,7 @@ class Service:
             allowed_origins=options.allowed_origins,
             allowed_hosts=options.allowed_hosts | own_names(options),
             limits=options.limits,
+            running=Running(ledger),
         )
 
     async def run(self) -> None:
@@ -309,9 +316,10 @@ def banner(
             "Plain HTTP: keys and answers can be read on this network. Use --tls-cert and "
             "--tls-key, a VPN or an ssh tunnel."
         )
+    page = "" if isinstance(bound, str) else f"\n         {base}/  in a browser"
     return f"""\
 serving  {base}/v1  as {", ".join(options.model_names)}
-         listening on {place}
+         listening on {place}{page}
 
 {chr(10).join(notes)}
 

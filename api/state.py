@@ -10,6 +10,7 @@ from api.errors import HttpError, shorten
 from api.keys import KeyStore
 from api.limits import Limits
 from api.running import Running, shutting_down
+from api.timings import Timed
 from runtime import (
     EngineInfo,
     EngineStatus,
@@ -21,7 +22,7 @@ from runtime import (
 )
 
 
-class GenerationLike(Protocol):
+class GenerationLike(Timed, Protocol):
     """The tokens of one sequence as they come; the last event carries a ``finish_reason``."""
 
     @property
@@ -45,6 +46,16 @@ class EngineLike(Protocol):
     @property
     def info(self) -> EngineInfo:
         """Raises `EngineDead` before the engine was ready for the first time."""
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that have begun and not ended."""
+
+    @property
+    def num_waiting(self) -> int: ...
+
+    async def stats(self) -> dict[str, int]:
+        """The engine's own counts. Raises `EngineDead`; takes as long as a step may."""
 
     def check_room(self, count: int = 1) -> None:
         """Raises `QueueFull` or `EngineDead` if as many sequences cannot be queued. Cheap."""

@@ -17,6 +17,7 @@ from runtime.errors import (
     RequestError,
 )
 from runtime.generation import Generation
+from runtime.grammar import Grammar, check_grammar
 from runtime.inspect_model import (
     Gpu,
     ModelReport,
@@ -37,8 +38,11 @@ from runtime.request import (
     TokenLogprobs,
 )
 from runtime.supervision import EngineStatus, SupervisorPolicy
-from runtime.text import TextAssembler, TextPiece
+from runtime.text import Detokenizer, TextAssembler, TextPiece
 from runtime.tokenizer import ChatPrompt, Tokenizer
+from runtime.tool_calls import ToolCallParser, ToolDelta
+from runtime.tool_grammar import calls_grammar
+from runtime.tool_prompts import ToolFormat, ToolStyle, with_object_arguments
 from runtime.weights import Checkpoint, find_checkpoint, inspect_checkpoint, pull
 
 __all__ = [
@@ -53,6 +57,7 @@ __all__ = [
     "Completion",
     "ConfigError",
     "ContextLengthExceeded",
+    "Detokenizer",
     "Engine",
     "EngineClient",
     "EngineConfig",
@@ -64,6 +69,7 @@ __all__ = [
     "Generation",
     "GenerationDefaults",
     "Gpu",
+    "Grammar",
     "ModelNotFound",
     "ModelReport",
     "Quarantined",
@@ -77,6 +83,12 @@ __all__ = [
     "TokenEvent",
     "TokenLogprobs",
     "Tokenizer",
+    "ToolCallParser",
+    "ToolDelta",
+    "ToolFormat",
+    "ToolStyle",
+    "calls_grammar",
+    "check_grammar",
     "context_left",
     "describe_model",
     "find_checkpoint",
@@ -84,4 +96,5 @@ __all__ = [
     "imagine_gpu",
     "inspect_checkpoint",
     "pull",
+    "with_object_arguments",
 ]

@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 
 from runtime.admission import admit
+from runtime.constraints import Constraints
 from runtime.engine_config import EngineConfig, EngineInfo, resolve_pages
 from runtime.errors import ConfigError
 from runtime.models.layers import Fp8Format, Placement
@@ -67,6 +68,7 @@ class Completion:
     text: str = ""
     finish_reason: FinishReason = FinishReason.ABORT
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # but of the first token
 
 
 class Engine:
@@ -89,6 +91,7 @@ class Engine:
         self.scheduler = scheduler
         self.info = info
         self.tokenizer = tokenizer
+        self.constraints = None if tokenizer is None else Constraints(tokenizer)
         self.on_start = on_start
         self._seq_ids = itertools.count()
         self._in_flight: deque[tuple[Plan, RunningStep]] = deque()
@@ -180,9 +183,12 @@ class Engine:
         Only sequences of one ``namespace`` share cached pages. A lower ``priority`` runs first.
         """
         seq_id = next(self._seq_ids) if seq_id is None else seq_id
-        self.scheduler.add(
-            admit(seq_id, prompt_ids, params, self.info, namespace=namespace, priority=priority)
-        )
+        seq = admit(seq_id, prompt_ids, params, self.info, namespace=namespace, priority=priority)
+        if self.constraints is not None:
+            seq.constraint = self.constraints.make(prompt_ids, params)
+        elif params.is_constrained:
+            raise RuntimeError("constraints need a tokenizer; use Engine.from_checkpoint")
+        self.scheduler.add(seq)
         return seq_id
 
     def abort(self, seq_id: int) -> bool:
@@ -224,7 +230,7 @@ class Engine:
         return self.scheduler.fail_running()
 
     def stats(self) -> dict[str, int]:
-        """Counts that a leak would show in."""
+        """Counts that a leak would show in, and how often a sequence gave its pages back so far."""
         return {
             "num_sequences": self.scheduler.num_sequences,
             "num_running": len(self.scheduler.running),
@@ -232,6 +238,7 @@ class Engine:
             "num_pages": self.scheduler.pool.num_pages,
             "num_free_pages": self.scheduler.pool.num_free,
             "num_cached_pages": self.scheduler.pool.num_cached,
+            "num_preemptions": self.scheduler.num_preemptions,
         }
 
     def reset_cache(self) -> None:
@@ -303,6 +310,9 @@ class Engine:
     @staticmethod
     def _extend(completion: Completion, assembler: TextAssembler, event: TokenEvent) -> bool:
         """Add one event to an answer; True once the answer is complete, or broken off."""
+        if event.prompt_logprobs:
+            completion.prompt_logprobs += event.prompt_logprobs
+            return False
         if event.token_id is None:
             assert event.finish_reason is not None
             completion.finish_reason = event.finish_reason

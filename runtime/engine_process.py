@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import itertools
 import os
 import select
 import socket
@@ -48,8 +49,13 @@ class Channel:
         self.sent_at = time.monotonic()
 
     def send_events(self, events: list[TokenEvent]) -> None:
-        if events:
-            self.send({"type": "events", "events": wire.pack_events(events)})
+        at = time.monotonic()
+        # what tells of a prompt is long; many of them could be too much for one message
+        alone = [bool(event.prompt_logprobs) for event in events]
+        starts = [i for i in range(len(events)) if i == 0 or alone[i] or alone[i - 1]]
+        for start, end in itertools.pairwise([*starts, len(events)]):
+            rows = wire.pack_events(events[start:end])
+            self.send({"type": "events", "events": rows, "at": at})
 
     def beat(self) -> None:
         """Say that steps go on, unless something was said within a second."""
@@ -77,7 +83,7 @@ def serve_engine(sock: socket.socket, load: Loader = Engine.from_checkpoint) -> 
 
     def tell_started(sequences: list[Sequence]) -> None:
         rows = [[seq.seq_id, seq.num_cached] for seq in sequences]
-        channel.send({"type": "started", "sequences": rows})
+        channel.send({"type": "started", "sequences": rows, "at": time.monotonic()})
 
     engine.on_start = tell_started
     channel.send({"type": "ready", "info": engine.info.to_dict()})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 
 from runtime.errors import RequestError
@@ -16,11 +17,17 @@ class Generation:
     the event that carries a ``finish_reason``. Raises `EngineDead` if the engine process dies while
     it works on the sequence or the server stops, `QueueTimeout` if its turn does not come in time,
     and `Quarantined` if its prompt turns out to end engine processes.
+
+    Times are seconds of the monotonic clock, which both processes share: the engine's own where it
+    sends them, so a busy server does not make an engine look slow. None: not yet.
     """
 
     def __init__(self, seq_id: int, abort: Callable[[int], None]) -> None:
         self.seq_id = seq_id
         self.num_cached_tokens = 0  # of the prompt, taken from the prefix cache; 0 until it starts
+        self.started_at: float | None = None  # its first step began
+        self.first_token_at: float | None = None
+        self.last_token_at: float | None = None
         self._abort = abort
         self._events: list[TokenEvent] = []
         self._arrived = asyncio.Event()
@@ -48,7 +55,12 @@ class Generation:
         """End this sequence and free its pages before the engine's next step. Idempotent."""
         self._abort(self.seq_id)
 
-    def deliver(self, event: TokenEvent) -> None:
+    def deliver(self, event: TokenEvent, at: float | None = None) -> None:
+        """Hand an event to the reader; ``at`` is when it was drawn, now if left out."""
+        if event.token_id is not None:
+            self.last_token_at = time.monotonic() if at is None else at
+            if self.first_token_at is None:
+                self.first_token_at = self.last_token_at
         self._events.append(event)
         self._arrived.set()
 

@@ -101,6 +101,16 @@ class EngineClient:
     def healthy(self) -> bool:
         return self.status.state == "ready"
 
+    @property
+    def num_running(self) -> int:
+        """Sequences that have begun and not ended."""
+        return self._submissions.num_running
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that have not begun, here or in the engine."""
+        return self._submissions.num_waiting
+
     # -- start and stop --------------------------------------------------------------------
 
     async def start(self) -> EngineInfo:
@@ -243,12 +253,14 @@ class EngineClient:
             self._watchdog.heard()
         match message.get("type"):
             case "events":
+                at = wire.moment(message)
                 for event in wire.unpack_events(wire.field(message, "events", list)):
-                    self._take(event)
+                    self._take(event, at)
                 self._pump()
             case "started":
+                at = wire.moment(message)
                 for row in wire.unpack_started(wire.field(message, "sequences", list)):
-                    self._submissions.start(*row)
+                    self._submissions.start(*row, at)
             case "aborted":
                 self._submissions.left(wire.field(message, "seq_id", int))
                 self._pump()
@@ -279,13 +291,13 @@ class EngineClient:
             case other:
                 raise wire.WireError(f"unknown message type {other!r:.40}")
 
-    def _take(self, event: TokenEvent) -> None:
+    def _take(self, event: TokenEvent, at: float) -> None:
         if event.token_id is not None:
             self._submissions.draw(event.seq_id)
         submission = self._submissions.in_engine(event.seq_id)
         if submission is None:
             return  # aborted while the event was on its way
-        submission.generation.deliver(event)
+        submission.generation.deliver(event, at)
         if event.finish_reason is not None:
             self._submissions.finish(event.seq_id, event.finish_reason)
 

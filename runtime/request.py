@@ -6,9 +6,14 @@ import enum
 import math
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from runtime.blocks import Prefix
 from runtime.errors import BadRequest
+from runtime.grammar import Grammar
+
+if TYPE_CHECKING:
+    from runtime.constraints import Constraint
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 256
@@ -40,6 +45,10 @@ class SamplingParams:
     ignore_eos: bool = False
     min_tokens: int = 0
     logprobs: int | None = None  # None: none; n: the token's own and the n best
+    grammar: Grammar | None = None  # of the answer, after the thought
+    thinking_budget: int | None = None  # tokens of the thought; then it is closed
+    break_loops: bool = False  # a thought that repeats itself is closed too
+    prompt_logprobs: int | None = None  # as logprobs, of the prompt's tokens but the first
 
     def __post_init__(self) -> None:
         def number(name: str, low: float, high: float) -> None:
@@ -66,12 +75,20 @@ class SamplingParams:
             number("seed", INT64_MIN, INT64_MAX)
         if self.logprobs is not None:
             number("logprobs", 0, MAX_TOP_LOGPROBS)
+        if self.prompt_logprobs is not None:
+            number("prompt_logprobs", 0, MAX_TOP_LOGPROBS)
+        if self.thinking_budget is not None:
+            number("thinking_budget", 0, 2**31 - 1)
         if not (math.isfinite(self.repetition_penalty) and 0 < self.repetition_penalty <= 10):
             raise BadRequest(
                 "repetition_penalty must be above 0 and at most 10, "
                 f"got {self.repetition_penalty:g}",
                 param="repetition_penalty",
-                code="decimal_below_min_value",
+                code=(
+                    "decimal_above_max_value"
+                    if self.repetition_penalty > 10
+                    else "decimal_below_min_value"
+                ),
             )
         if len(self.stop) > MAX_STOP_STRINGS:
             raise BadRequest(
@@ -103,6 +120,10 @@ class SamplingParams:
                     param="logit_bias",
                     code="decimal_above_max_value" if bias > 0 else "decimal_below_min_value",
                 )
+
+    @property
+    def is_constrained(self) -> bool:
+        return self.grammar is not None or self.thinking_budget is not None or self.break_loops
 
     @property
     def has_penalties(self) -> bool:
@@ -138,14 +159,16 @@ class TokenLogprobs:
 class TokenEvent:
     """One step's outcome for one sequence.
 
-    ``token_id`` is None only in an event that ends a sequence without a new token.
-    An end-of-sequence or stop token is reported like any other, with ``finish_reason`` STOP.
+    ``token_id`` is None only in an event that ends a sequence without a new token, and in one with
+    ``prompt_logprobs``: of the next tokens of the prompt, all of which come before the first new
+    token. An end-of-sequence or stop token is reported like any other, with ``finish_reason`` STOP.
     """
 
     seq_id: int
     token_id: int | None
     finish_reason: FinishReason | None = None
     logprobs: TokenLogprobs | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 class SequenceStatus(enum.Enum):
@@ -180,8 +203,10 @@ class Sequence:
     num_preemptions: int = 0
     num_cached: int = 0  # tokens of the prompt that were in the cache when it first ran
     num_published: int = 0  # pages of the block table that the cache knows of
+    num_scored: int = 0  # tokens of the prompt, from its second on, whose logprobs were reported
     prefixes: list[Prefix] = field(default_factory=list)  # of full pages, as far as worked out
     order: tuple[int, int] = (0, 0)  # (priority, arrival): who comes first
+    constraint: Constraint | None = None  # what its next token may be
 
     @property
     def num_prompt(self) -> int:
@@ -192,8 +217,22 @@ class Sequence:
         return len(self.prompt_ids) + len(self.output_ids) + self.num_pending
 
     @property
+    def num_to_score(self) -> int:
+        """Tokens of the prompt whose logprobs were asked for and not yet reported."""
+        if self.params.prompt_logprobs is None:
+            return 0
+        return len(self.prompt_ids) - 1 - self.num_scored
+
+    @property
     def max_num_tokens(self) -> int:
         return len(self.prompt_ids) + self.max_new_tokens
+
+    @property
+    def has_to_wait(self) -> bool:
+        """Whether its next token cannot be drawn before those under way are known."""
+        if self.constraint is None or self.num_pending == 0:
+            return False
+        return self.constraint.depends_on_pending(self.output_ids, self.num_pending)
 
     def token_range(self, start: int, end: int) -> list[int]:
         """Ids of the known tokens in [start, end)."""

@@ -18,6 +18,7 @@ from kernels.batch import PagedBatch
 from kernels.sampling import Sampled, count_tokens, sample
 from runtime.graphs import CudaQueue, DecodeGraphs, DeviceQueue, GraphKey, HostQueue, Inputs
 from runtime.models import CausalLM
+from runtime.prompt_scores import read_scores, score_tokens
 from runtime.request import Sequence, TokenLogprobs
 from runtime.sampler_rows import SamplerRows, SamplingKind
 from runtime.scheduler import Chunk, Plan, SampledToken
@@ -55,17 +56,24 @@ class LaunchedStep:
         wait: Callable[[], None],
         give_back: Callable[[], None],
         failed: list[Sequence],
+        scored: list[tuple[Chunk, list[Sampled]]],
     ) -> None:
         self.failed = failed
         self._chunks = chunks
         self._drawn = drawn
+        self._scored = scored
         self._wait = wait
         self._give_back = give_back
 
     def tokens(self) -> list[SampledToken]:
-        """Wait for the step; one token per sampling chunk. Call it once."""
+        """Wait for the step; one token per sampling chunk. Call it once.
+
+        Chunks of which logprobs were asked have them then.
+        """
         self._wait()
         self._give_back()
+        for chunk, parts in self._scored:
+            chunk.prompt_logprobs = read_scores(parts)
         return [] if self._drawn is None else _tokens(self._drawn, self._chunks)
 
 
@@ -142,28 +150,37 @@ class ModelRunner:
         staging = self._idle_staging.pop() if self._idle_staging else _StepStaging(self.device)
         sampling = [chunk for chunk in plan.chunks if chunk.samples]
         rows = np.array([chunk.seq.row for chunk in sampling], np.int64)
-        kind = self.sampler.kind_of(rows) if sampling else None
+        kind = self.sampler.kind_of(rows, sampling) if sampling else None
         key = self.graphs.key_of(plan, kind) if self.graphs else None
         arrays, shape = self._arrays(plan, sampling, key)
         fields = staging.inputs.pack(arrays)
         drawn: Sampled | None = None
+        scored: list[tuple[Chunk, list[Sampled]]] = []
         if key is not None and self.graphs is not None:
             inputs, output = self.graphs.run(key, staging.inputs, fields)
             if key.kind is not None:
                 drawn = Sampled(output)
         else:
             inputs = staging.inputs.upload(fields)
-            output = self._logits(inputs, shape)
+            hidden = self._hidden(inputs, shape)
+            scored = self._score(plan, hidden)
+            output = self._head(hidden, inputs, shape)
         if drawn is None and kind is not None:
             if not kind.is_plain:
-                extra = self.sampler.extra_arrays(
+                extra, unmasked = self.sampler.extra_arrays(
                     kind, arrays["sample_rows"], sampling, self.eos_token_ids
                 )
+                failed += [seq for seq in unmasked if seq not in failed]
                 inputs = inputs | staging.extra.upload(staging.extra.pack(extra))
             drawn = self._sample(output, inputs, kind)
         read = None if drawn is None else self._start_reading(drawn)
         return LaunchedStep(
-            sampling, read, self.queue.mark(), lambda: self._idle_staging.append(staging), failed
+            sampling,
+            read,
+            self.queue.mark(),
+            lambda: self._idle_staging.append(staging),
+            failed,
+            scored,
         )
 
     def _start_rows(self, started: list[Sequence]) -> list[Sequence]:
@@ -191,6 +208,10 @@ class ModelRunner:
 
     def _logits(self, inputs: Inputs, shape: StepShape) -> Tensor:
         """[num_sampled, vocab]; the hidden states of all tokens if none samples."""
+        return self._head(self._hidden(inputs, shape), inputs, shape)
+
+    def _hidden(self, inputs: Inputs, shape: StepShape) -> Tensor:
+        """Hidden states of all tokens, [num_tokens, hidden_size]."""
         rows = inputs["rows"]
         self._device_tables.view(-1).index_copy_(0, inputs["table_entries"], inputs["table_pages"])
         decoded = inputs["token_ids"][: shape.num_decodes]
@@ -208,12 +229,31 @@ class ModelRunner:
             max_context_len=shape.max_context_len,
             min_chunk_context_len=shape.min_chunk_context_len,
         )
-        hidden = self.model.forward(inputs["token_ids"], batch, self.caches)
+        return self.model.forward(inputs["token_ids"], batch, self.caches)
+
+    def _head(self, hidden: Tensor, inputs: Inputs, shape: StepShape) -> Tensor:
         if shape.num_sampled == 0:
             return hidden
         if shape.num_sampled < hidden.shape[0]:
             hidden = hidden.index_select(0, inputs["logit_rows"])
         return self.model.logits(hidden)
+
+    def _score(self, plan: Plan, hidden: Tensor) -> list[tuple[Chunk, list[Sampled]]]:
+        """Logprobs of the tokens of prompts that chunks ask for, on their way to the host."""
+        scored = []
+        end = 0  # rows of ``hidden``
+        for chunk in plan.chunks:
+            start, end = end, end + chunk.num_tokens
+            num_top = chunk.seq.params.prompt_logprobs
+            if not chunk.num_scored or num_top is None:
+                continue
+            # the row of a token tells of the one that follows it
+            first = start + chunk.first_scored - 1 - chunk.start
+            rows = hidden[first : first + chunk.num_scored]
+            ids = chunk.seq.token_range(chunk.first_scored, chunk.first_scored + chunk.num_scored)
+            parts = score_tokens(self.model.logits, rows, ids, self.sampler.vocab_size, num_top)
+            scored.append((chunk, [self._start_reading(part) for part in parts]))
+        return scored
 
     def _sample(self, logits: Tensor, inputs: Inputs, kind: SamplingKind) -> Sampled:
         """Draw, and leave the tokens where the next step finds them."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import math
+import traceback
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -31,6 +32,7 @@ class Uses(enum.IntFlag):
     PENALTIES = enum.auto()
     BIAS = enum.auto()
     LOGPROBS = enum.auto()
+    CONSTRAINT = enum.auto()  # some of its tokens are masked
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +48,14 @@ class SamplingKind:
     any_top_p: bool = False
     has_penalties: bool = False
     has_bias: bool = False
+    has_mask: bool = False
     num_logprobs: int = -1
 
     @property
     def is_plain(self) -> bool:
         """Whether a captured graph may hold it: nothing but temperature and filters."""
-        return not self.has_penalties and not self.has_bias and self.num_logprobs < 0
+        is_adjusted = self.has_penalties or self.has_bias or self.has_mask
+        return not is_adjusted and self.num_logprobs < 0
 
 
 class SamplerRows:
@@ -86,6 +90,8 @@ class SamplerRows:
         self.seeds[row] = seq.seed
         self.num_logprobs[row] = -1 if params.logprobs is None else params.logprobs
         self.uses[row] = _uses_of(params)
+        if seq.constraint is not None:
+            self.uses[row] |= np.uint8(Uses.CONSTRAINT)
         if params.has_penalties:
             if self.output_counts is None:
                 shape = (len(self.seeds), self.vocab_size)
@@ -98,9 +104,10 @@ class SamplerRows:
             host = host.pin_memory() if self.device.type == "cuda" else host
             self.output_counts[row].copy_(host, non_blocking=True)
 
-    def kind_of(self, rows: Array) -> SamplingKind:
-        """Of a step that samples for ``rows`` [num_sampled] int64."""
+    def kind_of(self, rows: Array, chunks: Seq[Chunk]) -> SamplingKind:
+        """Of a step that samples for ``rows`` [num_sampled] int64, those of ``chunks``."""
         uses = int(np.bitwise_or.reduce(self.uses[rows]))
+        has_mask = uses & Uses.CONSTRAINT and any(map(_is_masked, chunks))
         return SamplingKind(
             all_greedy=not uses & Uses.DRAW,
             any_filter=bool(uses & (Uses.TOP_K | Uses.TOP_P | Uses.MIN_P)),
@@ -108,6 +115,7 @@ class SamplerRows:
             any_top_p=bool(uses & Uses.TOP_P),
             has_penalties=bool(uses & Uses.PENALTIES),
             has_bias=bool(uses & Uses.BIAS),
+            has_mask=bool(has_mask),
             num_logprobs=int(self.num_logprobs[rows].max()) if uses & Uses.LOGPROBS else -1,
         )
 
@@ -129,12 +137,35 @@ class SamplerRows:
         rows: Array,
         chunks: Seq[Chunk],
         eos_token_ids: frozenset[int],
-    ) -> dict[str, Array]:
-        """Penalties and bias of a step that is not plain; ``chunks`` are those that sample.
+    ) -> tuple[dict[str, Array], list[Sequence]]:
+        """Masks, penalties and bias of a step that is not plain; ``chunks`` are those that sample.
 
-        ``rows`` may be longer than ``chunks``: padding follows.
+        ``rows`` may be longer than ``chunks``: padding follows. The second part of the result are
+        sequences whose mask could not be made; what the step draws for them means nothing.
         """
         arrays: dict[str, Array] = {}
+        failed: list[Sequence] = []
+        if kind.has_mask:
+            masks, mask_rows = [np.full(-(-self.vocab_size // 32), -1, np.int32)], []
+            for chunk in chunks:
+                seq = chunk.seq
+                if not _is_masked(chunk):
+                    mask_rows.append(-1)
+                    continue
+                try:
+                    assert seq.constraint is not None
+                    banned = _banned_ids(chunk, eos_token_ids)
+                    words = seq.constraint.words(seq.output_ids, banned)
+                except Exception:
+                    traceback.print_exc()
+                    failed.append(seq)
+                    mask_rows.append(-1)
+                    continue
+                mask_rows.append(len(masks))
+                masks.append(words)
+            mask_rows += [-1] * (len(rows) - len(chunks))
+            arrays["masks"] = np.stack(masks)
+            arrays["mask_rows"] = np.array(mask_rows, np.int32)
         if kind.has_penalties:
             arrays["presence"] = self.presence[rows]
             arrays["frequency"] = self.frequency[rows]
@@ -147,12 +178,12 @@ class SamplerRows:
             ids = np.full((len(rows), max(width, 1)), -1, np.int64)
             values = np.zeros(ids.shape, np.float32)
             for index, (bias, chunk) in enumerate(zip(entries, chunks, strict=True)):
-                if not bias:  # min_tokens end for good
+                if not bias and not _is_masked(chunk):  # min_tokens end for good
                     self.uses[chunk.seq.row] &= ~np.uint8(Uses.BIAS)
                 ids[index, : len(bias)] = list(bias)
                 values[index, : len(bias)] = list(bias.values())
             arrays["bias_ids"], arrays["bias_values"] = ids, values
-        return arrays
+        return arrays, failed
 
     def batch(self, kind: SamplingKind, inputs: dict[str, Tensor]) -> SamplingBatch:
         """The sampler's argument from arrays that are on the device by now."""
@@ -175,6 +206,8 @@ class SamplerRows:
             rows=inputs["count_rows"] if kind.has_penalties else None,
             bias_ids=inputs["bias_ids"] if kind.has_bias else None,
             bias_values=inputs["bias_values"] if kind.has_bias else None,
+            masks=inputs["masks"] if kind.has_mask else None,
+            mask_rows=inputs["mask_rows"] if kind.has_mask else None,
             num_logprobs=kind.num_logprobs,
         )
 
@@ -193,12 +226,22 @@ def _uses_of(params: SamplingParams) -> int:
     return sum(flag for flag, is_used in used.items() if is_used)
 
 
+def _is_masked(chunk: Chunk) -> bool:
+    seq = chunk.seq
+    return seq.constraint is not None and seq.constraint.is_masked(seq.output_ids)
+
+
 def _bias_of(chunk: Chunk, eos_token_ids: frozenset[int]) -> dict[int, float]:
-    """``logit_bias``, and -inf for what would end the sequence before ``min_tokens``."""
-    params = chunk.seq.params
-    bias = dict(params.logit_bias)
-    if chunk.end - chunk.seq.num_prompt < params.min_tokens:
-        bias.update(dict.fromkeys(params.stop_token_ids, -math.inf))
-        if not params.ignore_eos:
-            bias.update(dict.fromkeys(eos_token_ids, -math.inf))
+    """``logit_bias``, and -inf for what is banned; a mask has left that out already."""
+    bias = dict(chunk.seq.params.logit_bias)
+    if not _is_masked(chunk):
+        bias.update(dict.fromkeys(_banned_ids(chunk, eos_token_ids), -math.inf))
     return bias
+
+
+def _banned_ids(chunk: Chunk, eos_token_ids: frozenset[int]) -> list[int]:
+    """What would end the sequence before ``min_tokens``."""
+    params = chunk.seq.params
+    if chunk.end - chunk.seq.num_prompt >= params.min_tokens:
+        return []
+    return [*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)]

@@ -2,12 +2,14 @@
 
 Pure Python, no tensors. One step is a token budget filled with decodes first, then with prompt
 chunks in arrival order; a decode is a chunk of length 1, so there is one path for everything.
-A step may be planned while earlier ones still run: what they draw is pending, and counts.
+A step may be planned while earlier ones still run: what they draw is pending, and counts. A
+sequence whose next token depends on what is pending is left out until it is known.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from bisect import insort
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
@@ -17,6 +19,8 @@ from operator import attrgetter
 from runtime.blocks import PagePool, Prefix, extend_key, root_key
 from runtime.request import FinishReason, Sequence, SequenceStatus, TokenEvent, TokenLogprobs
 
+MAX_SCORED = 1024
+"""Tokens of a prompt whose logprobs one event reports."""
 MAX_PREEMPTIONS = 8
 """So often a sequence yields; then it waits until it fits whole, and no newcomer passes it."""
 NOT_A_TOKEN = -1
@@ -35,6 +39,9 @@ class Chunk:
     end: int
     samples: bool
     num_preemptions: int  # of the sequence when this was planned
+    first_scored: int = 0  # the first token of the prompt whose logprobs the step finds out
+    num_scored: int = 0  # how many, from there on
+    prompt_logprobs: Seq[TokenLogprobs] = ()  # them, once the step was read
 
     @property
     def num_tokens(self) -> int:
@@ -97,6 +104,7 @@ class Scheduler:
         self.model = model
         self.prefix_cache = prefix_cache
         self.max_preemptions = MAX_PREEMPTIONS
+        self.num_preemptions = 0  # of all sequences so far
         self.waiting: list[Sequence] = []  # by priority, then by arrival
         self.running: list[Sequence] = []  # likewise
         self._sequences: dict[int, Sequence] = {}
@@ -156,10 +164,13 @@ class Scheduler:
             if seq.status is SequenceStatus.FINISHED:
                 continue
             if token is not None and token.token_id == NOT_A_TOKEN:
-                # not by its table, which is empty if it was preempted since
-                self.pool.forget_prefixes(seq.prefixes)
-                events.append(self.fail(seq, FinishReason.NOT_FINITE))
+                events.append(self._fail_not_finite(seq))
                 continue
+            if chunk.prompt_logprobs:
+                if not all(math.isfinite(one.logprob) for one in chunk.prompt_logprobs):
+                    events.append(self._fail_not_finite(seq))
+                    continue
+                events += _scored(chunk)
             if chunk.end // self.page_size > seq.num_published:
                 self._publish(chunk)
             if token is None:
@@ -176,6 +187,12 @@ class Scheduler:
         """End one sequence that went wrong."""
         self._finish(seq)
         return TokenEvent(seq.seq_id, None, reason)
+
+    def _fail_not_finite(self, seq: Sequence) -> TokenEvent:
+        """End a sequence whose numbers overflowed, and let nobody find its pages."""
+        # not by its table, which is empty if it was preempted since
+        self.pool.forget_prefixes(seq.prefixes)
+        return self.fail(seq, FinishReason.NOT_FINITE)
 
     def fail_running(self) -> list[TokenEvent]:
         """End what runs, and what waits for a token that will not come; others wait on."""
@@ -210,6 +227,8 @@ class Scheduler:
             remaining = seq.num_tokens - seq.num_computed
             if remaining > 1:
                 prompts.append(seq)
+            elif seq.has_to_wait:
+                continue
             elif budget and not self._is_complete(seq) and self._make_room(seq):
                 decodes.append(self._chunk(seq, 1))
                 budget -= 1
@@ -266,7 +285,12 @@ class Scheduler:
         samples = end == seq.num_tokens
         seq.num_computed = end
         seq.num_pending += samples
-        return Chunk(seq, start, end, samples, seq.num_preemptions)
+        chunk = Chunk(seq, start, end, samples, seq.num_preemptions)
+        if seq.num_to_score:
+            chunk.first_scored = max(start, seq.num_scored) + 1
+            last_scored = min(end, seq.num_prompt - 1)
+            chunk.num_scored = max(last_scored + 1 - chunk.first_scored, 0)
+        return chunk
 
     def _is_complete(self, seq: Sequence) -> bool:
         """Whether the tokens on their way are the last that the sequence may have."""
@@ -304,6 +328,7 @@ class Scheduler:
         seq.status = SequenceStatus.WAITING
         seq.num_computed = 0
         seq.num_preemptions += 1
+        self.num_preemptions += 1
         if seq.num_preemptions == self.max_preemptions:
             seq.order = (FIRST, seq.order[1])
         insort(self.waiting, seq, key=_order)
@@ -336,10 +361,14 @@ class Scheduler:
         """The published pages that a sequence's tokens begin with.
 
         Its last two tokens are computed in any case: one alone would run as a decode (`_part`).
+        So are those that tell the logprobs of the prompt: a page has none.
         """
         page_ids: list[int] = []
         if self.prefix_cache:
-            for index in range((seq.num_tokens - 2) // self.page_size):
+            limit = seq.num_tokens - 2
+            if seq.num_to_score:
+                limit = min(limit, seq.num_scored)
+            for index in range(limit // self.page_size):
                 page_id = self.pool.find(self._prefix(seq, index))
                 if page_id is None:
                     break
@@ -382,3 +411,13 @@ class Scheduler:
             self.waiting.remove(seq)
         seq.status = SequenceStatus.FINISHED
         del self._sequences[seq.seq_id]
+
+
+def _scored(chunk: Chunk) -> Iterator[TokenEvent]:
+    """What a chunk tells of its prompt, unless it was told before a preemption."""
+    seq = chunk.seq
+    new = chunk.prompt_logprobs[seq.num_scored + 1 - chunk.first_scored :]
+    seq.num_scored += len(new)
+    for start in range(0, len(new), MAX_SCORED):
+        part = tuple(new[start : start + MAX_SCORED])
+        yield TokenEvent(seq.seq_id, None, prompt_logprobs=part)

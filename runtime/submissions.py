@@ -93,8 +93,8 @@ class Submissions:
             return submission.message
         return None
 
-    def start(self, seq_id: int, num_cached: int) -> None:
-        """The engine runs it for the first time. Harmless if that was known."""
+    def start(self, seq_id: int, num_cached: int, at: float | None = None) -> None:
+        """The engine runs it for the first time, since ``at``. Harmless if that was known."""
         submission = self._sent.pop(seq_id, None)
         if submission is not None:
             self._running[seq_id] = submission
@@ -104,6 +104,7 @@ class Submissions:
             submission.identify()
             submission.message = None
             submission.generation.num_cached_tokens = num_cached
+            submission.generation.started_at = at
 
     def draw(self, seq_id: int) -> None:
         """The engine drew a token of its answer."""

@@ -2,6 +2,8 @@
 
     token -> Detokenizer (bytes to characters) -> thought or content -> StopMatcher -> TextPiece
 
+Where functions may be called, content passes through a ToolCallParser before the StopMatcher.
+
 Each stage holds back only what later tokens could still change, and never emits text twice.
 `TextAssembler` joins the stages; streaming and non-streaming answers both come from it.
 """
@@ -16,23 +18,25 @@ from typing import Literal
 
 from runtime.request import FinishReason, SamplingParams
 from runtime.tokenizer import THINK_END, Tokenizer
+from runtime.tool_calls import MARKERS, OPENERS, Parsed, ToolCallParser, ToolDelta
 
-Kind = Literal["reasoning", "content"]
+Kind = Literal["reasoning", "content", "tool_call"]
 
 
 @dataclass(frozen=True, slots=True)
 class TextPiece:
-    """Text that is final, and the answer's tokens that show first in it.
+    """Text that is final, or part of a call, and the answer's tokens that show first in it.
 
     ``token_indices`` count from the answer's first token, 0. Over all pieces they ascend and none
     comes twice, so a token's logprob goes out with the piece that carries its text. Tokens that
     show no text are in no piece: end of sequence, control tokens, trimmed newlines, and what a
-    stop string cut off.
+    stop string cut off. The tokens of a call's form are in the pieces of the call.
     """
 
     kind: Kind
-    text: str
+    text: str  # "" of a call
     token_indices: tuple[int, ...]
+    call: ToolDelta | None = None
 
 
 class Detokenizer:
@@ -83,6 +87,11 @@ class StopMatcher:
         num_shown = len(text) - max(self._num_matched, default=0)
         self._held = text[num_shown:]
         return text[:num_shown], None
+
+    @property
+    def holds(self) -> bool:
+        """Whether text is held back."""
+        return bool(self._held)
 
     def flush(self) -> str:
         """What is still held; no stop string will come of it."""
@@ -160,34 +169,103 @@ class _Section:
         return [TextPiece(self.kind, text, tuple(indices))]
 
 
+class _ContentWithCalls:
+    """A run of content in which the model may call functions.
+
+    Stop strings match in the text only: arguments may hold anything, and half a call helps nobody.
+    """
+
+    kind: Kind = "content"
+
+    def __init__(self, stops: Sequence[str], parser: ToolCallParser, *, trim: bool) -> None:
+        self.matcher = StopMatcher(stops)
+        self.matched: str | None = None
+        self._parser = parser
+        self._trim = trim
+        self._num_shown = parser.num_chars  # of what the parser was fed
+        self._tokens: deque[tuple[int, int]] = deque()  # (index, first character), not yet shown
+
+    def feed(self, index: int, text: str) -> list[TextPiece]:
+        if self._trim and text:
+            text = text.lstrip("\n")
+            if not text:
+                return []
+            self._trim = False
+        self._tokens.append((index, self._parser.num_chars))
+        return self._take(self._parser.feed(text))
+
+    def finish(self, rest: str) -> list[TextPiece]:
+        pieces = self._take(self._parser.feed(rest) + self._parser.finish())
+        if self.matched is None:
+            pieces += self._show(self.matcher.flush())
+        return pieces
+
+    def _take(self, parsed: Sequence[Parsed]) -> list[TextPiece]:
+        pieces: list[TextPiece] = []
+        for part in parsed:
+            if part.call is not None:
+                pieces += self._show(self.matcher.flush())
+                pieces.append(TextPiece("tool_call", "", self._pop(part.end), part.call))
+                continue
+            if not self.matcher.holds:  # white space around a call is shown nowhere
+                self._num_shown = part.end - len(part.text)
+            shown, self.matched = self.matcher.feed(part.text)
+            pieces += self._show(shown)
+            if self.matched is not None:
+                break
+        return pieces
+
+    def _show(self, text: str) -> list[TextPiece]:
+        if not text:
+            return []
+        self._num_shown += len(text)
+        return [TextPiece(self.kind, text, self._pop(self._num_shown))]
+
+    def _pop(self, end: int) -> tuple[int, ...]:
+        indices = []
+        while self._tokens and self._tokens[0][1] < end:
+            indices.append(self._tokens.popleft()[0])
+        return tuple(indices)
+
+
 class TextAssembler:
-    """An answer's tokens to pieces of its thought and its content.
+    """An answer's tokens to pieces of its thought, its content and its calls.
 
     ``thinking`` says how the answer begins: True inside a thought (the prompt opened it), False
     outside (a ``<think>`` that comes before any text opens one), None for a raw completion, where
     thoughts are text like any other. Stop strings end the content only: a match inside a thought
     does not count. Newlines right behind ``<think>`` and ``</think>`` belong to neither side.
+    With a ``parser`` functions may be called; a call that begins in a thought ends the thought.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, params: SamplingParams, *, thinking: bool | None
+        self,
+        tokenizer: Tokenizer,
+        params: SamplingParams,
+        *,
+        thinking: bool | None,
+        parser: ToolCallParser | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self._stops = params.stop
+        self._parser = parser
         self._detokenizer = Detokenizer(tokenizer.token_bytes)
         self._splits = thinking is not None
         self._may_open = thinking is False
-        self._section = (
-            self._thought() if thinking else _Section("content", self._stops, trim=False)
+        self._section: _Section | _ContentWithCalls = (
+            self._thought() if thinking else self._content(trim=False)
         )
         self.num_tokens = 0
         self.num_reasoning_tokens = 0  # up to and with </think>
+        self.num_calls = 0  # of functions
         self.stop_string: str | None = None  # the one that ended the answer
 
     @property
     def stopped(self) -> bool:
-        """Whether a stop string matched: the text is complete and the engine should be told."""
-        return self.stop_string is not None
+        """Whether the text is complete before the engine ends it, which should be told: by a stop
+        string, or by as many calls as may be.
+        """
+        return self.stop_string is not None or (self._parser is not None and self._parser.is_full)
 
     def feed(self, token_id: int | None, finish_reason: FinishReason | None) -> list[TextPiece]:
         """The text that this token makes final; with a finish reason, all the rest.
@@ -204,19 +282,20 @@ class TextAssembler:
             self.num_reasoning_tokens += was_thinking or self._section.kind == "reasoning"
         if finish_reason is not None and not self.stopped:
             pieces += self._finish_section()
+        self.num_calls += sum(piece.call is not None and bool(piece.call.name) for piece in pieces)
         return pieces
 
     def _feed_token(self, index: int, token_id: int) -> list[TextPiece]:
         if self._splits and token_id == self._tokenizer.think_end_id:
             if self._section.kind == "content":
                 return []  # a stray one
-            return self._switch(_Section("content", self._stops, trim=True))
+            return self._switch(self._content(trim=True))
         if self._splits and token_id == self._tokenizer.think_start_id:
             if not self._may_open:
                 return []
             self._may_open = False
             return self._switch(self._thought())
-        if self._tokenizer.is_special(token_id):
+        if self._tokenizer.is_special(token_id) and not self._is_marker(token_id):
             return []
         text = self._detokenizer.feed(token_id)
         self._may_open = self._may_open and text.isspace()
@@ -227,25 +306,39 @@ class TextAssembler:
         pieces = section.feed(index, text)
         if section.matched is None:
             return pieces
-        if section.kind == "reasoning":  # </think> spelt in several tokens
-            self._section = _Section("content", self._stops, trim=True)
-            return pieces + (
-                self._feed_text(index, section.matcher.rest) if section.matcher.rest else []
-            )
+        if section.kind == "reasoning":  # </think> spelt in several tokens, or a call
+            self._section = self._content(trim=True)
+            opener = "" if section.matched == THINK_END else section.matched
+            rest = opener + section.matcher.rest
+            return pieces + (self._feed_text(index, rest) if rest else [])
         self.stop_string = section.matched
         return pieces
 
     def _thought(self) -> _Section:
-        by_text = self._tokenizer.think_end_id is None
-        return _Section("reasoning", (THINK_END,) if by_text else (), trim=True)
+        ends = () if self._parser is None else OPENERS
+        if self._tokenizer.think_end_id is None:
+            ends = (THINK_END, *ends)
+        return _Section("reasoning", ends, trim=True)
 
-    def _switch(self, section: _Section) -> list[TextPiece]:
+    def _content(self, *, trim: bool) -> _Section | _ContentWithCalls:
+        if self._parser is None:
+            return _Section("content", self._stops, trim=trim)
+        return _ContentWithCalls(self._stops, self._parser, trim=trim)
+
+    def _is_marker(self, token_id: int) -> bool:
+        """Whether a control token is part of a call's form, which the parser has to see."""
+        if self._parser is None:
+            return False
+        return self._tokenizer.token_bytes[token_id].decode(errors="replace") in MARKERS
+
+    def _switch(self, section: _Section | _ContentWithCalls) -> list[TextPiece]:
         pieces = self._finish_section()
         self._section = section
         return pieces
 
     def _finish_section(self) -> list[TextPiece]:
-        pieces = self._section.finish(self._detokenizer.flush())
-        if self._section.kind == "content":
-            self.stop_string = self._section.matched
+        section = self._section
+        pieces = section.finish(self._detokenizer.flush())
+        if section.kind == "content":
+            self.stop_string = section.matched
         return pieces

@@ -85,11 +85,11 @@ class TokenBound:
                 break
         return num_tokens
 
-    def check(self, text: str, max_model_len: int) -> None:
+    def check(self, text: str, max_model_len: int, *, param: str = "messages") -> None:
         """Raises `PromptTooLong` if the text cannot leave room for one more token."""
         num_tokens = self.fewest(text, max_model_len)
         if num_tokens >= max_model_len:
-            raise PromptTooLong(num_tokens, max_model_len)
+            raise PromptTooLong(num_tokens, max_model_len, param=param)
 
 
 def byte_letters() -> list[str]:

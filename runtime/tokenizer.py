@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import json
 import re
 import secrets
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,30 +25,39 @@ import tokenizers
 from runtime.chat_template import (
     RESERVED_VARIABLES,
     ChatRenderer,
-    ChatTemplate,
     Message,
-    find_template,
 )
-from runtime.chat_v32 import V32Chat
 from runtime.config import (
     MAX_WIDTH,
     Fields,
     GenerationDefaults,
     is_there,
     one_line,
-    read_file,
     read_json,
 )
 from runtime.control_tokens import ControlTokens, require_unicode
 from runtime.errors import BadRequest, CheckpointError
-from runtime.token_bound import TokenBound, byte_letters
+from runtime.grammar import GrammarVocabulary
+from runtime.token_bound import TokenBound
+from runtime.tokenizer_files import (
+    find_chat,
+    ids_of,
+    read_backend,
+    read_special_tokens,
+    require_byte_level,
+    token_bytes,
+)
+from runtime.tool_prompts import ToolChat, ToolStyle
 
 THINK_START, THINK_END = "<think>", "</think>"
-BUILT_IN_CHATS: dict[str, Callable[[], ChatRenderer]] = {"DeepseekV32ForCausalLM": V32Chat}
-"""For architectures whose releases have no chat template."""
+INFILL_MARKERS = (
+    ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),
+    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
+)
+"""What stands before a prefix, between it and its suffix, and behind both; DeepSeek's and Qwen's.
+"""
 LONG_TEXT = 1 << 17
 """Characters of a prompt that cost nobody much to encode, whatever they are."""
-SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +83,10 @@ class Tokenizer:
     ) -> None:
         """``add_bos`` None leaves it to the tokenizer's own post-processor."""
         self._backend = backend
-        self._chat = chat
+        self._chat = None if chat is None else ToolChat(chat)
         self.eos_token_ids = eos_token_ids
         added = backend.get_added_tokens_decoder()
-        self.token_bytes = _token_bytes(backend, {i: token.content for i, token in added.items()})
+        self.token_bytes = token_bytes(backend, {i: token.content for i, token in added.items()})
         self.num_tokens = len(self.token_bytes)
         self._bound = TokenBound(backend, self.token_bytes)
         self._hidden_ids = frozenset(i for i, token in added.items() if _is_hidden(token))
@@ -85,7 +94,9 @@ class Tokenizer:
         self.think_start_id = ids.get(THINK_START)
         self.think_end_id = ids.get(THINK_END)
         self._add_bos = add_bos
-        self._bos_ids = _ids_of(backend, special_tokens.get("bos_token"))
+        self._bos = special_tokens.get("bos_token") or ""
+        self._bos_ids = ids_of(backend, special_tokens.get("bos_token"))
+        self._infill = next((m for m in INFILL_MARKERS if ids.keys() >= set(m)), None)
         self._controls = ControlTokens(backend)
 
     @classmethod
@@ -96,8 +107,8 @@ class Tokenizer:
         BPE, or if it has more tokens than config.json has embeddings.
         """
         path = folder / "tokenizer.json"
-        backend = _read_backend(path)
-        _require_byte_level(backend, path)
+        backend = read_backend(path)
+        require_byte_level(backend, path)
         config_path = folder / "tokenizer_config.json"
         config = read_json(config_path) if is_there(config_path) else {}
         model_path = folder / "config.json"
@@ -108,36 +119,68 @@ class Tokenizer:
             raise CheckpointError(
                 f"{path}: {num_tokens} tokens, but the model has {vocab_size} embeddings"
             )
-        special_tokens = _special_tokens(config, str(config_path))
+        special_tokens = read_special_tokens(config, str(config_path))
         eos_token_ids = (
             GenerationDefaults.load(folder, vocab_size).eos_token_ids
             or model.token_ids("eos_token_id", vocab_size)
-            or _ids_of(backend, special_tokens.get("eos_token"))
+            or ids_of(backend, special_tokens.get("eos_token"))
         )
         add_bos = config.get("add_bos_token")
         return cls(
             backend,
             special_tokens=special_tokens,
             add_bos=add_bos if isinstance(add_bos, bool) else None,
-            chat=_find_chat(folder, config, special_tokens, model),
+            chat=find_chat(folder, config, special_tokens, model),
             eos_token_ids=frozenset(eos_token_ids),
         )
 
     # -- text to ids -----------------------------------------------------------------------------
 
-    def encode(self, text: str, *, param: str = "prompt") -> list[int]:
+    def encode(
+        self,
+        text: str,
+        *,
+        param: str = "prompt",
+        add_special_tokens: bool = True,
+        max_model_len: int | None = None,
+    ) -> list[int]:
         """Token ids of a raw prompt; control tokens in it count as such.
 
-        The beginning-of-sequence token is put in front where the checkpoint asks for it, unless
-        ``text`` brings its own. Raises `BadRequest` for text that is not valid Unicode.
+        With ``add_special_tokens`` the beginning-of-sequence token is put in front where the
+        checkpoint asks for it, unless ``text`` brings its own. A text that is clearly longer than
+        ``max_model_len`` is refused before work is spent on it.
+
+        Raises `BadRequest` for text that is not valid Unicode, and `ContextLengthExceeded`.
         """
         require_unicode(text, param)
+        if max_model_len is not None and len(text) > LONG_TEXT:
+            self._bound.check(text, max_model_len, param=param)
         if self._add_bos is None:
-            return self._encode([text], param)[0].ids
+            return self._encode([text], param, add_special_tokens=add_special_tokens)[0].ids
         ids = self._encode([text], param, add_special_tokens=False)[0].ids
-        if self._add_bos and tuple(ids[:1]) != self._bos_ids:
+        if self._add_bos and add_special_tokens and tuple(ids[:1]) != self._bos_ids:
             return [*self._bos_ids, *ids]
         return ids
+
+    def num_in_front(self, text: str, token_ids: Sequence[int]) -> int:
+        """Tokens that `encode` put in front of those of ``text``: 1 if that is so, else 0."""
+        has_bos = bool(self._bos_ids) and tuple(token_ids[:1]) == self._bos_ids
+        return int(has_bos and not text.startswith(self._bos))
+
+    def infill(self, prefix: str, suffix: str) -> str:
+        """The raw prompt that asks for what goes between both. Raises `BadRequest` if the model
+        has no tokens for that.
+        """
+        if self._infill is None:
+            first = " or ".join(markers[0] for markers in INFILL_MARKERS)
+            raise BadRequest(
+                "This model cannot fill in text before a suffix: its tokenizer has no token "
+                f"{first}. Leave suffix out.",
+                param="suffix",
+                code="unsupported_value",
+            )
+        begin, hole, end = self._infill
+        return f"{begin}{prefix}{hole}{suffix}{end}"
 
     def encode_chat(
         self,
@@ -146,6 +189,7 @@ class Tokenizer:
         thinking: bool | None = None,
         tools: Sequence[dict[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         variables: Mapping[str, Any] | None = None,
         max_model_len: int | None = None,
     ) -> ChatPrompt:
@@ -160,6 +204,9 @@ class Tokenizer:
             thinking: whether the answer is to begin with a thought, None for the template's
                 choice. A template without such a switch does not notice.
             tools: functions the model may call, as OpenAI spells them.
+            continue_final_message: end the prompt with the text of the last message, an
+                assistant's, so that the answer goes on with it. If it has a thought, that comes
+                before its text; the answer goes on with the thought if there is no text.
             variables: more names for the template.
             max_model_len: refuse a prompt that is clearly longer before work is spent on it. One
                 that is a little longer is encoded all the same.
@@ -177,16 +224,63 @@ class Tokenizer:
         if thinking is not None:  # DeepSeek's templates read the first, Qwen's the second
             variables |= {"thinking": thinking, "enable_thinking": thinking}
         variables |= {"tools": tools, "add_generation_prompt": add_generation_prompt}
+        if continue_final_message:
+            return self._encode_continued(messages, variables, thinking, max_model_len)
         prepared = self._prepare(messages)
         if max_model_len is not None and _num_chars([prepared, variables]) > LONG_TEXT:
             # What the template drops, such as earlier thoughts, does not count.
             self._bound.check(self._render(prepared, variables), max_model_len)
-        # The mark splits each control token a client spelt, so that no part of the rendered text
-        # between two marks holds one; templates only move text around and keep the mark in place.
-        mark = f"\ue000{secrets.randbelow(10**19)}\ue000"
+        mark = _new_mark()
         rendered = self._render(
             self._controls.marked(prepared, mark), self._controls.marked(variables, mark)
         )
+        return self._encode_marked(rendered, mark)
+
+    def _encode_continued(
+        self,
+        messages: Sequence[Message],
+        variables: dict[str, Any],
+        thinking: bool | None,
+        max_model_len: int | None,
+    ) -> ChatPrompt:
+        """A conversation whose last message the answer goes on with."""
+        *before, last = self._prepare([*messages[:-1], _with_open_thought(messages[-1])])
+        text = last.get("content") or ""
+        thought = (last.get("reasoning_content") or "") if thinking is not False else ""
+        if max_model_len is not None and _num_chars([before, last, variables]) > LONG_TEXT:
+            self._bound.check(self._render([*before, last], variables) + thought, max_model_len)
+        mark, end = _new_mark(), _new_mark()
+        marked = partial(self._controls.marked, mark=mark)
+        if thought and before and self.think_end_id is not None:
+            # No template shows a thought that is not over; few show one that is.
+            switches = {"thinking": True, "enable_thinking": True, "add_generation_prompt": True}
+            opened = self._render(marked(before), marked(variables) | switches)
+            if not opened.rstrip().endswith(THINK_START):
+                opened += f"{THINK_START}\n"
+            is_spaced = opened.endswith("\n")
+            if text and is_spaced:
+                thought, text = marked(thought.rstrip("\n")), marked(text.lstrip("\n"))
+                rendered = f"{opened}{thought}\n{THINK_END}\n\n{text}"
+            else:
+                rendered = opened + marked(thought) + (THINK_END + marked(text) if text else "")
+            return self._encode_marked(rendered, mark)
+        last["content"] = text + end
+        shown, found, _ = self._render(marked([*before, last]), marked(variables)).rpartition(end)
+        if not found:
+            raise BadRequest(
+                "The model's chat template does not show the text of the last message, so it "
+                "cannot be continued",
+                param="messages",
+                code="template_error",
+            )
+        return self._encode_marked(shown, mark)
+
+    def _encode_marked(self, rendered: str, mark: str) -> ChatPrompt:
+        """Encode a rendered prompt in parts.
+
+        The mark splits each control token a client spelt, so that no part of the rendered text
+        between two marks holds one; templates only move text around and keep the mark in place.
+        """
         parts = [part for part in rendered.split(mark) if part]
         # Batches, unlike single texts, are encoded without Python's lock: other streams go on.
         encodings = self._encode(parts, "messages", add_special_tokens=False)
@@ -208,6 +302,21 @@ class Tokenizer:
                 code="tokenizer_error",
             ) from None
 
+    @cached_property
+    def grammar_vocabulary(self) -> GrammarVocabulary:
+        """The tokens as grammars see them, made when first needed."""
+        thoughts = (self.think_start_id, self.think_end_id)
+        return GrammarVocabulary(
+            self.token_bytes,
+            control_ids=self._hidden_ids.union(i for i in thoughts if i is not None),
+            end_ids=self.eos_token_ids,
+            encode=self.encode_text,
+        )
+
+    def encode_text(self, text: str) -> list[int]:
+        """Token ids of part of an answer; control tokens in it count as such."""
+        return self._encode([text], "prompt", add_special_tokens=False)[0].ids
+
     def opens_thought(self, token_ids: Sequence[int]) -> bool:
         """Whether a prompt ends inside a thought: its last ``<think>`` is not closed."""
         if self.think_start_id is None:
@@ -217,6 +326,16 @@ class Tokenizer:
             if token_id in (self.think_start_id, self.think_end_id):
                 return token_id == self.think_start_id
         return False
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a control token, None if there is no such token."""
+        token_id: int | None = self._backend.token_to_id(token)
+        return token_id
+
+    @property
+    def tool_style(self) -> ToolStyle:
+        """What the chat template does with functions and calls."""
+        return ToolStyle(None) if self._chat is None else self._chat.style
 
     # -- ids to text -----------------------------------------------------------------------------
 
@@ -258,7 +377,24 @@ class Tokenizer:
 
 
 def _is_hidden(token: tokenizers.AddedToken) -> bool:
+    if token.content in (THINK_START, THINK_END):  # a raw completion shows its thoughts
+        return False
     return token.special or bool(re.fullmatch(r"<[｜|].*[｜|]>", token.content))
+
+
+def _new_mark() -> str:
+    """A text that no client can have sent."""
+    return f"\ue000{secrets.randbelow(10**19)}\ue000"
+
+
+def _with_open_thought(message: Message) -> Message:
+    """A message that is to be continued; a thought at its start that is not closed is no text."""
+    content = message.get("content")
+    if isinstance(content, str) and THINK_END not in content:
+        before, found, thought = content.partition(THINK_START)
+        if found and not before.strip():
+            return message | {"content": "", "reasoning_content": thought.lstrip("\n")}
+    return message
 
 
 def _give_back_memory() -> None:
@@ -281,74 +417,3 @@ def _num_chars(value: Any) -> int:
         elif isinstance(part, list | tuple):
             pending += part
     return num_chars
-
-
-# -- reading the files ---------------------------------------------------------------------------
-
-
-def _read_backend(path: Path) -> tokenizers.Tokenizer:
-    try:
-        backend = tokenizers.Tokenizer.from_str(read_file(path).decode())
-        backend.no_truncation()  # settings of training that some files keep
-        backend.no_padding()
-        return backend
-    except (CheckpointError, KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # the library reports some files by a panic, not an Exception
-        raise CheckpointError(f"{path}: {one_line(str(error))}") from None
-
-
-def _require_byte_level(backend: tokenizers.Tokenizer, path: Path) -> None:
-    decoder = json.loads(backend.decoder.__getstate__()) if backend.decoder else {}
-    steps = decoder.get("decoders", [decoder])
-    kinds = {step.get("type") for step in steps}
-    if not isinstance(backend.model, tokenizers.models.BPE) or "ByteLevel" not in kinds:
-        raise CheckpointError(
-            f"{path}: {type(backend.model).__name__} model with {decoder.get('type')} decoder; "
-            "only byte-level BPE is supported"
-        )
-
-
-def _find_chat(
-    folder: Path, config: dict[str, Any], special_tokens: dict[str, str], model: Fields
-) -> ChatRenderer | None:
-    if (source := find_template(folder, config)) is not None:
-        return ChatTemplate(source[0], special_tokens, source[1])
-    architectures = model.raw("architectures", None)
-    for architecture in architectures if isinstance(architectures, list) else ():
-        if isinstance(architecture, str) and architecture in BUILT_IN_CHATS:
-            return BUILT_IN_CHATS[architecture]()
-    return None
-
-
-def _special_tokens(config: dict[str, Any], where: str) -> dict[str, str]:
-    """``bos_token`` and its kin, each spelt as a text or as an object with ``content``."""
-    tokens = {}
-    for name in SPECIAL_TOKEN_NAMES:
-        value = config.get(name)
-        if isinstance(value, dict):
-            value = value.get("content")
-        if value is None:
-            continue
-        if not isinstance(value, str):
-            raise CheckpointError(f"{where}: {name}: not a text")
-        tokens[name] = value
-    return tokens
-
-
-def _ids_of(backend: tokenizers.Tokenizer, token: str | None) -> tuple[int, ...]:
-    token_id = None if token is None else backend.token_to_id(token)
-    return () if token_id is None else (token_id,)
-
-
-def _token_bytes(backend: tokenizers.Tokenizer, added: dict[int, str]) -> list[bytes]:
-    """The bytes of every id; none for an id that no token has."""
-    byte_of = {letter: byte for byte, letter in enumerate(byte_letters())}
-    vocab = backend.get_vocab(with_added_tokens=True)
-    token_bytes = [b""] * (max(vocab.values(), default=-1) + 1)
-    for text, token_id in vocab.items():
-        if token_id in added or any(char not in byte_of for char in text):
-            token_bytes[token_id] = added.get(token_id, text).encode()
-        else:
-            token_bytes[token_id] = bytes(byte_of[char] for char in text)
-    return token_bytes

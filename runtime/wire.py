@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import socket
 import struct
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import Any, TypeVar
 
 from runtime.engine_config import EngineInfo
+from runtime.grammar import Grammar
 from runtime.request import FinishReason, SamplingParams, TokenEvent, TokenLogprobs
 
 MAX_FRAME_BYTES = 64 << 20
@@ -61,6 +63,12 @@ def field(message: Message, name: str, kind: type[Field]) -> Field:
     if not isinstance(value, kind):
         raise WireError(f"a message of type {message.get('type')!r:.40} has no good {name!r}")
     return value
+
+
+def moment(message: Message) -> float:
+    """When what the message tells of happened, in seconds of the monotonic clock; now if unsaid."""
+    value = message.get("at")
+    return value if isinstance(value, float) else time.monotonic()
 
 
 def take_messages(received: bytearray) -> Iterator[Message]:
@@ -113,6 +121,8 @@ def unpack_params(raw: Message) -> SamplingParams:
                 fields[name] = tuple(fields[name])
         if "logit_bias" in fields:
             fields["logit_bias"] = tuple((token_id, bias) for token_id, bias in raw["logit_bias"])
+        if fields.get("grammar") is not None:
+            fields["grammar"] = Grammar(**fields["grammar"])
         return SamplingParams(**fields)
     except (TypeError, ValueError) as error:
         raise WireError(f"these are no sampling parameters: {error}") from None
@@ -122,7 +132,9 @@ def pack_events(events: Iterable[TokenEvent]) -> list[list[Any]]:
     packed = []
     for event in events:
         row: list[Any] = [event.seq_id, event.token_id, event.finish_reason]
-        if event.logprobs is not None:
+        if event.prompt_logprobs:
+            row += [None, None, [(one.logprob, one.top) for one in event.prompt_logprobs]]
+        elif event.logprobs is not None:
             row += [event.logprobs.logprob, event.logprobs.top]
         packed.append(row)
     return packed
@@ -133,14 +145,22 @@ def unpack_events(rows: list[list[Any]]) -> list[TokenEvent]:
     events = []
     try:
         for seq_id, token_id, reason, *rest in rows:
-            logprobs = None
-            if rest:
-                logprobs = TokenLogprobs(rest[0], tuple((i, value) for i, value in rest[1]))
+            logprobs: TokenLogprobs | None = None
+            prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+            if len(rest) == 3:
+                prompt_logprobs = tuple(_logprobs(*row) for row in rest[2])
+            elif rest:
+                logprobs = _logprobs(*rest)
             finish_reason = None if reason is None else FinishReason(reason)
-            events.append(TokenEvent(int(seq_id), token_id, finish_reason, logprobs))
+            event = TokenEvent(int(seq_id), token_id, finish_reason, logprobs, prompt_logprobs)
+            events.append(event)
     except (TypeError, ValueError, IndexError) as error:
         raise WireError(f"these are no events: {error}") from None
     return events
+
+
+def _logprobs(logprob: float, top: list[list[Any]]) -> TokenLogprobs:
+    return TokenLogprobs(logprob, tuple((token_id, value) for token_id, value in top))
 
 
 def unpack_started(rows: list[list[Any]]) -> list[tuple[int, int]]:

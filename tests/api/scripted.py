@@ -71,6 +71,8 @@ class ScriptedEngine:
         self.num_cached = 0  # tokens of every prompt that come from the cache
         self.max_live: int | None = None  # above it the queue is full
         self.refuses_after: int | None = None  # live sequences, found out only by submitting
+        self.counts: dict[str, int] = {}  # what `stats` says
+        self.num_restarts = 0
         self.submitted: list[tuple[list[int], SamplingParams]] = []
         self.namespaces: list[str] = []  # of the submitted, in order
         self.priorities: list[int] = []
@@ -95,8 +97,21 @@ class ScriptedEngine:
             self.token_ids.append(min(tokenizer.eos_token_ids))
 
     @property
+    def num_running(self) -> int:
+        return len(self._live)
+
+    @property
+    def num_waiting(self) -> int:
+        return 0
+
+    async def stats(self) -> dict[str, int]:
+        if self.state != "ready":
+            raise EngineDead("the engine is not running")
+        return self.counts
+
+    @property
     def status(self) -> EngineStatus:
-        return EngineStatus(self.state, f"phase of {self.state}", 37.5, 0, "")
+        return EngineStatus(self.state, f"phase of {self.state}", 37.5, self.num_restarts, "")
 
     def check_room(self, count: int = 1) -> None:
         if self.state not in ("ready", "restarting"):
@@ -122,7 +137,8 @@ class ScriptedEngine:
         self.priorities.append(priority)
         generation = Generation(seq_id, self._abort)
         generation.num_cached_tokens = self.num_cached
-        play = self._play(generation, params, admitted.max_new_tokens)
+        generation.started_at = time.monotonic()
+        play = self._play(generation, params, admitted.max_new_tokens, prompt_ids)
         self._live[seq_id] = generation, asyncio.get_running_loop().create_task(play)
         return generation
 
@@ -133,9 +149,22 @@ class ScriptedEngine:
             self.aborted.append(seq_id)
             generation.deliver(TokenEvent(seq_id, None, FinishReason.ABORT))
 
-    async def _play(self, generation: Generation, params: SamplingParams, limit: int) -> None:
+    @staticmethod
+    def _score(generation: Generation, num_top: int, prompt_ids: list[int]) -> None:
+        """Every token of a prompt is less likely than the one before it, two tokens an event."""
+        others = tuple((other, -2.0 - other) for other in range(num_top))
+        scores = [TokenLogprobs(-0.5 * index, others) for index in range(1, len(prompt_ids))]
+        for start in range(0, len(scores), 2):
+            part = tuple(scores[start : start + 2])
+            generation.deliver(TokenEvent(generation.seq_id, None, prompt_logprobs=part))
+
+    async def _play(
+        self, generation: Generation, params: SamplingParams, limit: int, prompt_ids: list[int]
+    ) -> None:
         await asyncio.sleep(self.first_token_seconds)
         seq_id = generation.seq_id
+        if params.prompt_logprobs is not None:
+            self._score(generation, params.prompt_logprobs, prompt_ids)
         last = len(self.token_ids) - 1
         failing = self.dies or self.fails_with is not None
         for index, token_id in enumerate(self.token_ids):

@@ -12,8 +12,10 @@ from runtime import Tokenizer
 from tests.api.scripted import ScriptedEngine, engine_of, post, scripted_state, serve
 
 HELLO: list[Any] = [{"role": "user", "content": "hello"}]
+F = {"name": "f"}
 
 TYPE = "invalid_type"
+SCHEMA = "invalid_json_schema"
 LOW, HIGH = "decimal_below_min_value", "decimal_above_max_value"
 INT_LOW, INT_HIGH = "integer_below_min_value", "integer_above_max_value"
 HUGE = 10**400
@@ -93,21 +95,52 @@ TABLE: dict[str, tuple[list[Any], list[tuple[Any, str]]]] = {
     "stream": ([True, False], NOT_BOOLEANS),
     "stream_options": ([{}, {"include_usage": None}, {"new": 1}], [([], TYPE), ("a", TYPE)]),
     "response_format": (
-        [{"type": "text"}],
         [
-            ({"type": "json_object"}, "unsupported_value"),
-            ({"type": "json_schema", "json_schema": {"schema": {}}}, "unsupported_value"),
+            {"type": "text"},
+            {"type": "json_object"},
+            {"type": "json_object", "schema": {"type": "object"}},
+            {"type": "json_schema", "json_schema": {"name": "a", "strict": True, "schema": {}}},
+            {"type": "regex", "regex": "a+"},
+            {"type": "regex", "pattern": "a+"},
+            {"type": "grammar", "grammar": 'start: "a"'},
+        ],
+        [
+            ({"type": "json_schema", "json_schema": {"schema": {"type": "x"}}}, SCHEMA),
+            ({"type": "json_object", "schema": {"enum": []}}, SCHEMA),
+            ({"type": "regex", "regex": "(a"}, SCHEMA),
+            ({"type": "regex", "regex": "a" * 65537}, "string_above_max_length"),
+            ({"type": "grammar", "grammar": "hello"}, SCHEMA),
             ("json_object", TYPE),
         ],
     ),
     "tools": (
-        [[], [{"type": "function", "function": {"name": "f"}}]],
-        [({}, TYPE), ("f", TYPE)],
+        [
+            [],
+            [{"type": "function", "function": {"name": "f"}}],
+            [
+                {
+                    "type": "function",
+                    "function": {
+                        "name": "a-B_9" + "n" * 59,
+                        "description": None,
+                        "parameters": {"type": "object", "properties": {}},
+                        "strict": True,
+                    },
+                }
+            ]
+            * 128,
+        ],
+        [
+            ({}, TYPE),
+            ("f", TYPE),
+            ([{"type": "function", "function": {"name": "f"}}] * 129, "array_above_max_length"),
+        ],
     ),
     "tool_choice": (
-        ["auto", "none", {"type": "function", "function": {"name": "f"}}],
-        [(1, TYPE), (True, TYPE), ([], TYPE)],
+        ["auto", "none", "required", {"type": "function", "function": {"name": "f"}}],
+        [(1, TYPE), (True, TYPE), ([], TYPE), ("any", "invalid_value"), ("", "invalid_value")],
     ),
+    "parallel_tool_calls": ([True, False], NOT_BOOLEANS),
     "user": (["ann", "", "x" * 5000], [(5, TYPE), ({"any": "thing"}, TYPE)]),
     "user_id": (["ann", ""], [(True, TYPE), (["ann"], TYPE)]),
     "cache_salt": (
@@ -205,7 +238,57 @@ PLACES: list[tuple[dict[str, Any], str | None, str]] = [
     ),
     ({"messages": HELLO, "response_format": {}}, "response_format.type", MISSING),
     ({"messages": HELLO, "response_format": {"type": "xml"}}, "response_format.type", VALUE),
+    *(
+        ({"messages": HELLO, "response_format": {"type": kind, **rest}}, path, MISSING)
+        for kind, rest, path in [
+            ("json_schema", {}, "response_format.json_schema"),
+            ("json_schema", {"json_schema": {"name": "a"}}, "response_format.json_schema.schema"),
+            ("regex", {}, "response_format.regex"),
+            ("grammar", {"grammar": None}, "response_format.grammar"),
+        ]
+    ),
+    (
+        {"messages": HELLO, "thinking": {"type": "enabled", "budget_tokens": -1}},
+        "thinking.budget_tokens",
+        INT_LOW,
+    ),
+    ({"messages": HELLO, "reasoning": {"max_tokens": "5"}}, "reasoning.max_tokens", TYPE),
+    (
+        {"messages": HELLO, "chat_template_kwargs": {"thinking_budget": 1.5}},
+        "chat_template_kwargs.thinking_budget",
+        VALUE,
+    ),
     ({"messages": HELLO, "tools": [1]}, "tools[0]", TYPE),
+    ({"messages": HELLO, "tools": [{"type": "function"}]}, "tools[0].function", MISSING),
+    ({"messages": HELLO, "tools": [{"type": "web", "function": F}]}, "tools[0].type", VALUE),
+    ({"messages": HELLO, "tools": [{"function": F}]}, "tools[0].type", MISSING),
+    *[
+        (
+            {"messages": HELLO, "tools": [{"type": "function", "function": function}]},
+            f"tools[0].function.{name}",
+            code,
+        )
+        for name, function, code in [
+            ("name", {}, MISSING),
+            ("name", {"name": 5}, TYPE),
+            ("name", {"name": ""}, VALUE),
+            ("name", {"name": "two words"}, VALUE),
+            ("name", {"name": "函数"}, VALUE),
+            ("name", {"name": "f\n"}, VALUE),
+            ("name", {"name": "n" * 65}, VALUE),
+            ("parameters", {"name": "f", "parameters": "{}"}, TYPE),
+            ("parameters", {"name": "f", "parameters": []}, TYPE),
+            ("description", {"name": "f", "description": 5}, TYPE),
+        ]
+    ],
+    ({"messages": HELLO, "tool_choice": {}}, "tool_choice.type", MISSING),
+    ({"messages": HELLO, "tool_choice": {"type": "web"}}, "tool_choice.type", VALUE),
+    ({"messages": HELLO, "tool_choice": {"type": "function"}}, "tool_choice.function", MISSING),
+    (
+        {"messages": HELLO, "tool_choice": {"type": "function", "function": {}}},
+        "tool_choice.function.name",
+        MISSING,
+    ),
     ({"messages": HELLO, "top_logprobs": 2}, "top_logprobs", VALUE),
     ({"messages": HELLO, "logprobs": True, "top_logprobs": 21}, "top_logprobs", INT_HIGH),
     ({"messages": HELLO, "logprobs": True, "top_logprobs": -1}, "top_logprobs", INT_LOW),

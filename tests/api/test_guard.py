@@ -133,7 +133,7 @@ def test_any_host_name_needs_a_key() -> None:
     ServeOptions("127.0.0.1", 0, ("a",), needs_key=False, allowed_hosts=frozenset(("box",)))
 
 
-@pytest.mark.parametrize("path", ["/v1/embeddings", "/", "/v1", "/chat", "/v1/responses", "/%00"])
+@pytest.mark.parametrize("path", ["/v1/embeddings", "/chat", "/v1/responses", "/%00", "/page"])
 def test_unknown_urls(base: str, path: str) -> None:
     for method in ("GET", "POST", "DELETE"):
         response = httpx.request(method, base.removesuffix("/v1") + path)

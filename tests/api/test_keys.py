@@ -124,7 +124,7 @@ def test_what_is_not_a_key_store_is_refused_and_left_alone(path: Path, tmp_path:
     path.touch(mode=0o600)
     with pytest.raises(ConfigError, match="is empty"):
         KeyStore.open(path)
-    for version, match in ((99, "newer version"), (0, "not written by Fathom"), (2, "no such")):
+    for version, match in ((99, "newer version"), (0, "not written by Fathom"), (3, "no such")):
         with contextlib.closing(sqlite3.connect(path)) as other:
             other.executescript(f"CREATE TABLE IF NOT EXISTS x (y); PRAGMA user_version={version};")
         before = path.read_bytes()
@@ -380,7 +380,7 @@ def drop_the_table(path: Path) -> None:
 
 def write_newer_schema(path: Path) -> None:
     with contextlib.closing(sqlite3.connect(path)) as other:
-        other.execute("PRAGMA user_version = 3")
+        other.execute("PRAGMA user_version = 99")
 
 
 def replace_by_a_copy(path: Path) -> None:

@@ -59,6 +59,14 @@ def test_clear_text_on_a_network_is_warned_of(store: KeyStore) -> None:
     assert "can be read" not in banner(options(), ("127.0.0.1", 8000), store)
 
 
+def test_the_page_is_named_where_a_browser_can_reach_it(store: KeyStore) -> None:
+    assert " http://127.0.0.1:9/ " in banner(options("localhost"), ("127.0.0.1", 9), store)
+    pem = Path("x.pem")
+    safe = options("::1", tls_certificate=pem, tls_key=pem)
+    assert " https://[::1]:9/ " in banner(safe, ("::1", 9, 0, 0), store)
+    assert "browser" not in banner(options(uds=Path("/run/socket")), "/run/socket", store)
+
+
 def test_the_request_to_try_fits_the_address(store: KeyStore) -> None:
     assert "curl http://[::1]:9/v1/" in banner(options("::1"), ("::1", 9, 0, 0), store)
     assert "serving  http://127.0.0.1:9/v1" in banner(options("localhost"), ("127.0.0.1", 9), store)

@@ -30,6 +30,14 @@ BEYOND_SCHEMAS = {
     ("chat_template_kwargs", "invalid_value"),  # a name that the server sets
     ("chat_template_kwargs", "string_above_max_length"),  # its size as JSON
     ("messages", "context_length_exceeded"),
+    ("response_format", "invalid_json_schema"),  # a schema or grammar that says nothing sensible
+    ("response_format", "string_above_max_length"),  # of a schema as JSON
+    ("tool_choice", "invalid_value"),  # a function that is none of the tools
+    ("continue_final_message", "invalid_value"),  # of a last message that is a user's
+    ("prompt", "invalid_value"),  # without tokens, or with ids outside the vocabulary
+    ("prompt", "context_length_exceeded"),
+    ("max_tokens", "integer_below_min_value"),  # 0 without echo
+    ("best_of", "unsupported_value"),  # other than n
 }
 """(field, code) of refusals that no schema can express; the document has them in words."""
 
@@ -53,15 +61,15 @@ class Client:
     def get(self, path: str, **headers: str) -> httpx.Response:
         return self.request("GET", path, headers=headers)
 
-    def post(self, body: object) -> httpx.Response:
-        return self.request("POST", CHAT, json=body)
+    def post(self, body: object, path: str = CHAT) -> httpx.Response:
+        return self.request("POST", path, json=body)
 
     def close(self) -> None:
         self._runner.run(self._client.aclose())
         self._runner.close()
 
-    def wrong_request(self, body: object) -> str | None:
-        operation = self.document["paths"][CHAT]["post"]
+    def wrong_request(self, body: object, path: str = CHAT) -> str | None:
+        operation = self.document["paths"][path]["post"]
         return mistake(self.document, operation["requestBody"]["content"][JSON]["schema"], body)
 
     def check_answer(self, method: str, path: str, answer: httpx.Response) -> None:
@@ -364,16 +372,16 @@ def change_somewhere(draw: st.DrawFn, body: dict[str, Any]) -> None:
         del node[key]
 
 
-def disagreement(client: Client, body: dict[str, Any]) -> str | None:
+def disagreement(client: Client, body: dict[str, Any], path: str = CHAT) -> str | None:
     """What is wrong if the server refuses what the document allows, or takes what it forbids.
 
     Fails for a fault of the server and for an answer that is not described.
     """
-    answer = client.post(body)
+    answer = client.post(body, path)
     assert answer.status_code < 500, answer.text
-    client.check_answer("post", CHAT, answer)
+    client.check_answer("post", path, answer)
     assert client.engine.num_live == 0
-    wrong = client.wrong_request(body)
+    wrong = client.wrong_request(body, path)
     if answer.status_code == 200 or wrong is not None:
         return wrong if answer.status_code == 200 else None
     error = answer.json()["error"]
@@ -387,11 +395,22 @@ KINDS: list[Any] = [
 ]
 
 
-def test_every_field_with_every_kind_of_value(client: Client) -> None:
-    fields = resolve(client.document, "#/components/schemas/ChatRequest")["properties"]
-    assert len(fields) > 30
-    bodies = [{"messages": HELLO, name: value} for name in fields for value in KINDS]
-    found = {json.dumps(body): disagreement(client, body) for body in bodies}
+@pytest.mark.parametrize(
+    ("path", "schema", "least", "num_fields"),
+    [
+        (CHAT, "ChatRequest", {"messages": HELLO}, 30),
+        ("/v1/completions", "CompletionRequest", {"prompt": "hello"}, 25),
+        ("/v1/tokenize", "TokenizeText", {"prompt": "hello"}, 5),
+        ("/v1/detokenize", "DetokenizeRequest", {"tokens": [5]}, 1),
+    ],
+)
+def test_every_field_with_every_kind_of_value(
+    client: Client, path: str, schema: str, least: dict[str, Any], num_fields: int
+) -> None:
+    fields = resolve(client.document, f"#/components/schemas/{schema}")["properties"]
+    assert len(fields) > num_fields
+    bodies = [{**least, name: value} for name in fields for value in KINDS]
+    found = {json.dumps(body): disagreement(client, body, path) for body in bodies}
     assert [item for item in found.items() if item[1]] == []
 
 

@@ -57,6 +57,8 @@ def product_variants(
             capability,
             False,
         )
+        if body == "cublas":
+            continue
         make = gemv_variant if body == "gemv" else tile_variants
         variants += make(f"{body}_{num_rows}_{product.name}", product, num_rows, config)
     _, config = linear_config(
@@ -245,9 +247,9 @@ def test_the_order_of_sums_is_the_same_for_one_to_four_rows() -> None:
     """Which thread holds which sum decides the order in which they are added up."""
     for product in (TIGHT[0][0], TIGHT[1][0]):
         layouts = []
-        for variant in product_variants(product, 90, (1, 2, 3, 4)):
+        for variant in product_variants(product, 89, (1, 2, 3, 4)):
             if variant.kernel is gemv_kernel:
-                code = compiler._compile(variant, 90).asm["ttgir"]
+                code = compiler._compile(variant, 89).asm["ttgir"]
                 named = dict(re.findall(r"^(#\w+) = (#ttg\.blocked<.*>)", code, re.MULTILINE))
                 summed = re.findall(r"\}\) : \(tensor<(\w+), (#\w+)>\) -> ", code)
                 assert len(summed) == variant.config["ROWS"]

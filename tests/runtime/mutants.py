@@ -176,8 +176,8 @@ MUTANTS = [
     Mutant(
         "a hit covers the last token",
         "scheduler",
-        "range((seq.num_tokens - 2) // self.page_size)",
-        "range(seq.num_tokens // self.page_size)",
+        "limit = seq.num_tokens - 2",
+        "limit = seq.num_tokens",
     ),
     Mutant(
         "pages are published by a step planned before a preemption",
@@ -226,7 +226,7 @@ MUTANTS = [
     Mutant(
         "pages with NaN stay published",
         "scheduler",
-        "                self.pool.forget_prefixes(seq.prefixes)\n",
+        "        self.pool.forget_prefixes(seq.prefixes)\n",
         "",
     ),
     Mutant(
