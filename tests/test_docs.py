@@ -28,7 +28,7 @@ def test_files_named_in_a_document_exist(document: str) -> None:
 def test_commands_and_options_in_a_document_exist(document: str) -> None:
     text = (ROOT / document).read_text(encoding="utf-8")
     commands = get_command(app).commands  # type: ignore[attr-defined]
-    known = {"serve", "chat", "inspect", "keys", "pull"}
+    known = {"serve", "chat", "inspect", "keys", "pull", "top"}
     assert known == set(commands)
     assert set(re.findall(r"(?:bin/|`)fathom (\w+)", text)) <= known
     options = {option for name in known for param in commands[name].params for option in param.opts}
@@ -59,12 +59,14 @@ def test_no_placeholder_is_left(document: str) -> None:
     text = (ROOT / document).read_text(encoding="utf-8")
     names = set(re.findall(r"\b[A-Z]+_[A-Z_]+\b", text))
     assert names <= {
+        "FATHOM_API_KEY",
         "FATHOM_HOME",
         "HF_HOME",
         "HF_HUB_OFFLINE",
         "HF_TOKEN",
         "HUB_ID",
         "OPENAI_API_BASE_URL",
+        "LITELLM_LOCAL_MODEL_COST_MAP",
         "OPENAI_API_KEY",
         "TRITON_INTERPRET",
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import re
 import signal
@@ -12,11 +13,15 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.clients.environments import ALL, COMMAND, Environment
+
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENTS = ROOT / ".venv" / "clients"  # kept between runs, ignored by git
+SCRIPTS = Path(__file__).parent / "scripts"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,3 +89,30 @@ def client_python(requirement: str) -> Path:
                 assert result.returncode == 0, f"{requirement}: {result.stderr}"
             stamp.touch()
     return python
+
+
+def environment(name: str) -> Environment:
+    """A client's environment; the test fails with the command that makes it if it is not there."""
+    found = ALL[name]
+    if not found.ready:
+        pytest.fail(f"the environment of {name} is not there: {COMMAND} {name}", pytrace=False)
+    return found
+
+
+def client_says(name: str, script: str, served: Served, *arguments: str) -> dict[str, Any]:
+    """The JSON that a client's script prints; it gets the server's address and key first."""
+    client = environment(name)
+    # A node script comes by standard input, so that imports are looked up in its environment.
+    start = ["-"] if client.pip else ["--input-type=module", "-"]
+    result = subprocess.run(
+        [client.interpreter, *start, served.base, served.key, *arguments],
+        input=(SCRIPTS / script).read_text(encoding="utf-8"),
+        cwd=client.folder,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "PYTHONUTF8": "1", "NO_PROXY": "127.0.0.1"},
+    )
+    assert result.returncode == 0, result.stderr + result.stdout
+    said: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    return said
