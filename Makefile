@@ -30,8 +30,9 @@ lint: $(DEV_STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(STAMP)
-	$(BIN)/python -m benchmarks.throughput
+# The CPU's benchmarks, peers beside ours, with a table and plots in benchmarks/results. Ten minutes.
+bench: $(DEV_STAMP)
+	$(BIN)/python -m benchmarks.cpu $(ARGS)
 
 # For a machine with a GPU: its ceilings, whole steps, the GPU tests, every kernel, peers. Ten minutes.
 gpu: $(DEV_STAMP)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
@@ -22,19 +23,20 @@ from runtime import (
     TokenEvent,
     Tokenizer,
     TokenLogprobs,
-    ToolDelta,
 )
 
 LOWEST_LOGPROB = -9999.0
-"""JSON has no infinity; this is what OpenAI writes for a probability of zero."""
+"""What OpenAI writes for a probability of zero."""
 FAILURES = (FinishReason.ABORT, FinishReason.ERROR, FinishReason.NOT_FINITE)
 
 Chunk = dict[str, Any]
+Part = dict[str, Any]
+"""An item of a chunk's ``choices``: what the chunk says of one choice."""
 
 
 @dataclass(slots=True)
-class Choice:
-    """One of the answers to a request while it grows."""
+class Choice(ABC):
+    """One of the answers to a request while it grows; each route writes it in its own form."""
 
     index: int
     generation: GenerationLike
@@ -67,37 +69,33 @@ class Choice:
                 self.finish_reason = "tool_calls"
         return pieces
 
-    def logprobs_of(self, piece: TextPiece) -> dict[str, Any] | None:
-        """The ``logprobs`` object of a chunk; a thought's tokens have a list of their own."""
-        if not self.logprobs:
-            return None
-        entries = [
-            {
-                **_logprob_entry(self.tokenizer, token_id, logprobs.logprob),
-                "top_logprobs": [_logprob_entry(self.tokenizer, *top) for top in logprobs.top],
-            }
-            for token_id, logprobs in (self.logprobs[index] for index in piece.token_indices)
-        ]
-        if piece.kind == "reasoning":
-            return {"content": None, "reasoning_content": entries, "refusal": None}
-        return {"content": entries, "refusal": None}
+    @abstractmethod
+    def opening(self) -> list[Part]:
+        """What is said of it before its first token."""
+
+    @abstractmethod
+    def grow(self, events: Sequence[TokenEvent]) -> list[Part]:
+        """What is said of new events, in order. Raises as `take` does."""
+
+    @abstractmethod
+    def closing(self) -> Part:
+        """What is said once it has its ``finish_reason``."""
 
 
 @dataclass(slots=True)
 class Answer:
     """Everything the chunks of one request have in common."""
 
+    id: str
+    chunk_object: str  # what a chunk calls itself
     model: str
     system_fingerprint: str
-    num_prompt_tokens: int
+    num_prompt_tokens: int  # of all prompts, each counted once
+    choices_per_prompt: int
     silence_seconds: float
     running: RunningRequest
-    choices: list[Choice]
-    id: str = field(init=False)
+    choices: Sequence[Choice]
     created: int = field(default_factory=lambda: int(time.time()))
-
-    def __post_init__(self) -> None:
-        self.id = self.running.answer_id("chatcmpl")
 
     def abort(self) -> None:
         """Free whatever the engine still holds for this request. Idempotent, never waits."""
@@ -105,27 +103,36 @@ class Answer:
             choice.generation.abort()
 
     def close(self) -> None:
-        """The request is over: nobody reads on. Idempotent, never waits."""
+        """The request is over: count it and let it leave. Idempotent, never waits."""
         self.abort()
-        settle(self.running, self.choices, self.num_cached_tokens)
+        for choice in self.choices:
+            self._note_progress(choice)
+        record = self.running.record
+        record.num_cached_tokens = self.num_cached_tokens
+        record.num_completion_tokens = self.num_completion_tokens
+        record.finish_reasons = [each.finish_reason for each in self.choices if each.finish_reason]
+        record.timings = self._timings()
+        self.running.leave()
 
     @property
     def num_cached_tokens(self) -> int:
-        """Of the prompt, as the first choice found it: the others may find what it left there."""
-        return self.choices[0].generation.num_cached_tokens
+        """Of each prompt, as its first choice found it: the others may find what it left there."""
+        first = self.choices[:: self.choices_per_prompt]
+        return sum(choice.generation.num_cached_tokens for choice in first)
 
     @property
     def num_completion_tokens(self) -> int:
         return sum(choice.assembler.num_tokens for choice in self.choices)
 
     async def chunks(self, *, include_usage: bool) -> AsyncGenerator[Chunk | None]:
-        """The answer in OpenAI's order: roles, deltas, finish reasons, usage if asked for.
+        """The answer in OpenAI's order: openings, what grows, finish reasons, usage if asked for.
 
         None stands for `silence_seconds` in which nothing came. Raises `RequestError` if the engine
         fails or the request is ended from outside.
         """
         for choice in self.choices:
-            yield self._chunk(choice, {"role": "assistant", "content": ""}, include_usage)
+            for part in choice.opening():
+                yield self._chunk(part, include_usage)
         arriving = arrivals(self.choices, self.running, self.silence_seconds)
         async with aclosing(arriving):
             async for arrival in arriving:
@@ -135,88 +142,68 @@ class Answer:
                 choice, token_events = arrival
                 if choice.finish_reason is not None:
                     continue  # it ended on a stop string; this is the echo of our abort
-                pieces = choice.take(token_events)
-                num_tokens = choice.assembler.num_tokens
-                self.running.note_progress(choice.index, num_tokens, self.num_cached_tokens)
-                for piece in pieces:
-                    chunk = self._chunk(choice, _delta(piece), include_usage)
-                    if logprobs := choice.logprobs_of(piece):
-                        chunk["choices"][0]["logprobs"] = logprobs
-                    yield chunk
+                parts = choice.grow(token_events)
+                self._note_progress(choice)
+                for part in parts:
+                    yield self._chunk(part, include_usage)
                 if choice.finish_reason is not None:
-                    chunk = self._chunk(choice, {}, include_usage)
+                    chunk = self._chunk(choice.closing(), include_usage)
                     if not include_usage and all(each.finish_reason for each in self.choices):
-                        chunk |= timings_entry(self.running, self.choices, self.num_cached_tokens)
+                        chunk |= self._timings_if_wanted()
                     yield chunk
         if include_usage:
-            timings = timings_entry(self.running, self.choices, self.num_cached_tokens)
-            yield {**self._head(), "choices": [], "usage": self._usage(), **timings}
+            end = {"choices": [], "usage": self._usage()}
+            yield {**self._head(), **end, **self._timings_if_wanted()}
 
     def _head(self) -> Chunk:
         return {
             "id": self.id,
-            "object": "chat.completion.chunk",
+            "object": self.chunk_object,
             "created": self.created,
             "model": self.model,
             "system_fingerprint": self.system_fingerprint,
         }
 
-    def _chunk(self, choice: Choice, delta: dict[str, Any], include_usage: bool) -> Chunk:
-        finish_reason = None if delta else choice.finish_reason  # it comes with an empty delta
-        entry = {"index": choice.index, "delta": delta, "finish_reason": finish_reason}
-        chunk = {**self._head(), "choices": [entry]}
+    def _chunk(self, part: Part, include_usage: bool) -> Chunk:
+        chunk = {**self._head(), "choices": [part]}
         if include_usage:
             chunk["usage"] = None
         return chunk
 
     def _usage(self) -> dict[str, Any]:
-        return usage_object(self.num_prompt_tokens, self.num_cached_tokens, self.choices)
+        num_prompt, num_cached = self.num_prompt_tokens, self.num_cached_tokens
+        num_new = self.num_completion_tokens
+        num_reasoning = sum(choice.assembler.num_reasoning_tokens for choice in self.choices)
+        return {
+            "prompt_tokens": num_prompt,
+            "completion_tokens": num_new,
+            "total_tokens": num_prompt + num_new,
+            "prompt_tokens_details": {"cached_tokens": num_cached},
+            "completion_tokens_details": {"reasoning_tokens": num_reasoning},
+            "prompt_cache_hit_tokens": num_cached,
+            "prompt_cache_miss_tokens": num_prompt - num_cached,
+        }
+
+    def _note_progress(self, choice: Choice) -> None:
+        num_tokens = choice.assembler.num_tokens
+        self.running.note_progress(choice.index, num_tokens, self.num_cached_tokens)
+
+    def _timings(self) -> Timings:
+        return measure(
+            self.running.record.submitted,
+            [choice.generation for choice in self.choices],
+            num_prompt_tokens=self.num_prompt_tokens,
+            num_cached_tokens=self.num_cached_tokens,
+            num_predicted_tokens=self.num_completion_tokens,
+        )
+
+    def _timings_if_wanted(self) -> Chunk:
+        return {"timings": self._timings().to_dict()} if self.running.wants_timings else {}
 
 
-def usage_object(num_prompt: int, num_cached: int, choices: Sequence[Choice]) -> dict[str, Any]:
-    """``usage``: tokens of the prompts, those of them that the cache had, and the choices'."""
-    num_new = sum(choice.assembler.num_tokens for choice in choices)
-    num_reasoning = sum(choice.assembler.num_reasoning_tokens for choice in choices)
-    return {
-        "prompt_tokens": num_prompt,
-        "completion_tokens": num_new,
-        "total_tokens": num_prompt + num_new,
-        "prompt_tokens_details": {"cached_tokens": num_cached},
-        "completion_tokens_details": {"reasoning_tokens": num_reasoning},
-        "prompt_cache_hit_tokens": num_cached,
-        "prompt_cache_miss_tokens": num_prompt - num_cached,
-    }
-
-
-def settle(running: RunningRequest, choices: Sequence[Choice], num_cached_tokens: int) -> None:
-    """Count what the choices of a request have come to, and let it leave. Idempotent."""
-    for choice in choices:
-        running.note_progress(choice.index, choice.assembler.num_tokens, num_cached_tokens)
-    record = running.record
-    record.num_cached_tokens = num_cached_tokens
-    record.num_completion_tokens = sum(choice.assembler.num_tokens for choice in choices)
-    record.finish_reasons = [each.finish_reason for each in choices if each.finish_reason]
-    record.timings = _timings(running, choices, num_cached_tokens)
-    running.leave()
-
-
-def timings_entry(
-    running: RunningRequest, choices: Sequence[Choice], num_cached_tokens: int
-) -> dict[str, Any]:
-    """``timings`` for the last chunk of an answer; empty unless its client asked for them."""
-    if not running.wants_timings:
-        return {}
-    return {"timings": _timings(running, choices, num_cached_tokens).to_dict()}
-
-
-def _timings(running: RunningRequest, choices: Sequence[Choice], num_cached_tokens: int) -> Timings:
-    return measure(
-        running.record.submitted,
-        [choice.generation for choice in choices],
-        num_prompt_tokens=running.record.num_prompt_tokens or 0,
-        num_cached_tokens=num_cached_tokens,
-        num_predicted_tokens=sum(choice.assembler.num_tokens for choice in choices),
-    )
+def finite(logprob: float) -> float:
+    """As it is written: JSON has no infinity, so a probability of zero has a number of its own."""
+    return max(logprob, LOWEST_LOGPROB)
 
 
 async def arrivals(
@@ -267,30 +254,6 @@ def _append(pieces: list[TextPiece], piece: TextPiece) -> None:
             )
             return
     pieces.append(piece)
-
-
-def _delta(piece: TextPiece) -> dict[str, Any]:
-    if piece.call is not None:
-        return {"tool_calls": [_call_delta(piece.call)]}
-    if piece.kind == "reasoning":  # DeepSeek's clients read the first, vLLM's the second
-        return {"reasoning_content": piece.text, "reasoning": piece.text}
-    return {"content": piece.text}
-
-
-def _call_delta(call: ToolDelta) -> dict[str, Any]:
-    if call.name is None:
-        return {"index": call.index, "function": {"arguments": call.arguments}}
-    function = {"name": call.name, "arguments": call.arguments}
-    return {"index": call.index, "id": call.id, "type": "function", "function": function}
-
-
-def _logprob_entry(tokenizer: Tokenizer, token_id: int, logprob: float) -> dict[str, Any]:
-    data = tokenizer.token_bytes[token_id]
-    return {
-        "token": data.decode(errors="replace"),
-        "logprob": max(logprob, LOWEST_LOGPROB),
-        "bytes": list(data),
-    }
 
 
 def _given_up(reason: FinishReason) -> RequestError:

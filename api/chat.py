@@ -12,10 +12,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from api.answer import Answer, Choice, Chunk
+from api.chat_answer import ChatChoice
 from api.containment import contained
 from api.generating import Admitted, check_choices, generate, note_unknown, submit, to_json
 from api.response_format import grammar_of
 from api.running import RunningRequest
+from api.sampling_fields import unknown_fields
 from api.schemas import (
     ChatRequest,
     chat_sampling,
@@ -23,7 +25,6 @@ from api.schemas import (
     template_messages,
     template_variables,
     thinking_wanted,
-    unknown_fields,
 )
 from api.state import GenerationLike, ServerState
 from api.tools import ToolUse, tool_use
@@ -51,7 +52,7 @@ async def prepare(state: ServerState, body: dict[str, Any], running: RunningRequ
     """
     with contained(running.id):
         chat = parse_chat(body)
-        note_unknown(state, unknown_fields(body))
+        note_unknown(state, unknown_fields(ChatRequest, body))
         model = state.check_model(chat.model)
         params = chat_sampling(chat, state.defaults)
         tools = chosen_tools(state, chat)
@@ -69,12 +70,15 @@ async def prepare(state: ServerState, body: dict[str, Any], running: RunningRequ
         def start(index: int, generation: GenerationLike, own: SamplingParams) -> Choice:
             parser = None if tools is None else tools.parser()
             assembler = TextAssembler(state.tokenizer, own, thinking=prompt.thinking, parser=parser)
-            return Choice(index, generation, assembler, state.tokenizer)
+            return ChatChoice(index, generation, assembler, state.tokenizer)
 
         answer = Answer(
+            id=running.answer_id("chatcmpl"),
+            chunk_object="chat.completion.chunk",
             model=model,
             system_fingerprint=state.system_fingerprint,
             num_prompt_tokens=len(prompt.token_ids),
+            choices_per_prompt=chat.num_choices,
             silence_seconds=state.limits.ping,
             running=running,
             choices=submit(state, chat, [prompt.token_ids], params, running.key_id, start),
@@ -154,7 +158,7 @@ async def fold(chunks: AsyncIterable[Chunk | None]) -> dict[str, Any]:
                     _fold_calls(choice["message"].setdefault(name, []), value)
                 else:
                     choice["message"][name] = choice["message"].get(name, "") + value
-            for name, entries in part.get("logprobs", {}).items():
+            for name, entries in (part["logprobs"] or {}).items():
                 choice["logprobs"] = choice["logprobs"] or {"content": None, "refusal": None}
                 if entries is not None:
                     choice["logprobs"][name] = choice["logprobs"].get(name) or []

@@ -10,16 +10,11 @@ from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from api.fields import Integer, parse
-from api.sampling_fields import SamplingFields, sampling_params
+from api.sampling_fields import NumLogprobs, SamplingFields, sampling_params
 from runtime import INT64_MAX, BadRequest, GenerationDefaults, SamplingParams
 
 MAX_PROMPTS = 128
 DEFAULT_MAX_TOKENS = 16
-
-IGNORED_FIELDS = frozenset(
-    {"cache_prompt", "metadata", "prompt_cache_key", "safety_identifier", "service_tier", "store"}
-)
-"""Fields of clients that do not change an answer of this server; not worth a line in the log."""
 
 
 def _prompts(value: object) -> list[str | list[int]]:
@@ -66,7 +61,7 @@ class CompletionRequest(SamplingFields):
     suffix: str | None = None
     max_tokens: Annotated[Integer, Field(ge=0)] | None = None
     echo: bool | None = None
-    logprobs: Annotated[Integer, Field(ge=0, le=20)] | None = None
+    logprobs: NumLogprobs | None = None
     best_of: Integer | None = None
     add_special_tokens: bool | None = None
 
@@ -120,8 +115,3 @@ def completion_sampling(request: CompletionRequest, defaults: GenerationDefaults
         logprobs=request.logprobs if request.max_new_tokens else None,
     )
     return replace(params, prompt_logprobs=request.logprobs if request.echo else None)
-
-
-def unknown_completion_fields(body: Mapping[str, Any]) -> set[str]:
-    """Names in the body that mean nothing here."""
-    return body.keys() - CompletionRequest.model_fields.keys() - IGNORED_FIELDS

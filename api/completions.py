@@ -9,18 +9,18 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from api.answer import Chunk
+from api.answer import Answer, Choice, Chunk
 from api.completion_fields import (
     CompletionRequest,
     completion_sampling,
     parse_completion,
-    unknown_completion_fields,
 )
 from api.containment import contained
 from api.generating import Admitted, check_choices, generate, note_unknown, submit, to_json
 from api.running import RunningRequest
+from api.sampling_fields import unknown_fields
 from api.state import GenerationLike, ServerState
-from api.text_answer import Prompt, TextAnswer, TextChoice
+from api.text_answer import Prompt, TextChoice
 from runtime import BadRequest, ContextLengthExceeded, SamplingParams, TextAssembler
 
 
@@ -36,7 +36,7 @@ async def prepare(state: ServerState, body: dict[str, Any], running: RunningRequ
     """
     with contained(running.id):
         asked = parse_completion(body)
-        note_unknown(state, unknown_completion_fields(body))
+        note_unknown(state, unknown_fields(CompletionRequest, body))
         model = state.check_model(asked.model)
         params = completion_sampling(asked, state.defaults)
         check_choices(state, asked.num_choices, len(asked.prompt))
@@ -50,9 +50,8 @@ async def prepare(state: ServerState, body: dict[str, Any], running: RunningRequ
             partial(encode_prompts, state, asked),
         )
         running.check()
-        state.engine.check_room(num_choices)
 
-        def start(index: int, generation: GenerationLike, own: SamplingParams) -> TextChoice:
+        def start(index: int, generation: GenerationLike, own: SamplingParams) -> Choice:
             return TextChoice(
                 index,
                 generation,
@@ -65,7 +64,9 @@ async def prepare(state: ServerState, body: dict[str, Any], running: RunningRequ
 
         prompt_ids = [prompt.token_ids for prompt in prompts]
         num_prompt_tokens = sum(map(len, prompt_ids))
-        answer = TextAnswer(
+        answer = Answer(
+            id=running.answer_id("cmpl"),
+            chunk_object="text_completion",
             model=model,
             system_fingerprint=state.system_fingerprint,
             num_prompt_tokens=num_prompt_tokens,

@@ -11,13 +11,13 @@ import logging
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Message
 
-from api.answer import Choice, Chunk
+from api.answer import Answer, Choice, Chunk
 from api.containment import contained
 from api.errors import envelope, shorten
 from api.guard import read_json
@@ -35,21 +35,11 @@ Chunks = AsyncGenerator[Chunk | None]
 Fold = Callable[[Chunks], Coroutine[Any, Any, dict[str, Any]]]
 
 
-class GrowingAnswer(Protocol):
-    """The answer to one request, of any route, while the engine works on it."""
-
-    def chunks(self, *, include_usage: bool) -> Chunks:
-        """What a stream sends; None for a period of silence. Raises `RequestError`."""
-
-    def close(self) -> None:
-        """Nobody reads on. Idempotent, never waits."""
-
-
 @dataclass(frozen=True, slots=True)
 class Admitted:
     """What is left of a request once its choices are queued: nothing of its messages."""
 
-    answer: GrowingAnswer
+    answer: Answer
     stream: bool
     include_usage: bool
 
@@ -125,8 +115,7 @@ def check_choices(state: ServerState, num_choices: int, num_prompts: int = 1) ->
         )
 
 
-AnyChoice = TypeVar("AnyChoice", bound=Choice)
-Start = Callable[[int, GenerationLike, SamplingParams], AnyChoice]
+Start = Callable[[int, GenerationLike, SamplingParams], Choice]
 """Makes the choice of an index from its generation and its own parameters."""
 
 
@@ -136,13 +125,13 @@ def submit(
     prompts: Sequence[list[int]],
     params: SamplingParams,
     key_id: str | None,
-    start: Start[AnyChoice],
-) -> list[AnyChoice]:
+    start: Start,
+) -> list[Choice]:
     """Queue every choice of a request, or none: ``n`` of the first prompt, then of the next.
 
     Raises what `EngineClient.submit` raises.
     """
-    choices: list[AnyChoice] = []
+    choices: list[Choice] = []
     namespace = cache_namespace(request, key_id)
     try:
         for index in range(len(prompts) * request.num_choices):

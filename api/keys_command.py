@@ -40,22 +40,8 @@ COUNTS = {
 }
 """Title of a column of the usage table -> field of `LedgerRow`."""
 
-MaxConcurrency = Annotated[
-    str | None,
-    typer.Option(
-        metavar="N",
-        help="Requests of the key that one server answers at once.",
-        show_default="any number",
-    ),
-]
-TokensPerDay = Annotated[
-    str | None,
-    typer.Option(
-        metavar="N",
-        help="Tokens of prompts and answers together, per day in UTC.",
-        show_default="any number",
-    ),
-]
+MAX_CONCURRENCY_HELP = "How many requests of this key one server answers at once."
+TOKENS_PER_DAY_HELP = "Tokens of prompts and answers together, per day in UTC."
 
 keys_app = typer.Typer(
     help="Create, list, limit and revoke the API keys that clients send, and see their use.",
@@ -73,8 +59,14 @@ def create_key(
             show_default="never expires",
         ),
     ] = None,
-    max_concurrency: MaxConcurrency = None,
-    tokens_per_day: TokensPerDay = None,
+    max_concurrency: Annotated[
+        str | None,
+        typer.Option(metavar="N", help=MAX_CONCURRENCY_HELP, show_default="no limit"),
+    ] = None,
+    tokens_per_day: Annotated[
+        str | None,
+        typer.Option(metavar="N", help=TOKENS_PER_DAY_HELP, show_default="no limit"),
+    ] = None,
 ) -> None:
     """Make a key and show it once; only its digest is kept."""
     expires_at = None if expires is None else parse_expiry(expires, time.time())
@@ -109,10 +101,16 @@ def list_keys() -> None:
 @keys_app.command("limit")
 def limit_key(
     name: Annotated[str, typer.Argument(help="Name or id, as `fathom keys list` shows it.")],
-    max_concurrency: MaxConcurrency = None,
-    tokens_per_day: TokensPerDay = None,
+    max_concurrency: Annotated[
+        str | None,
+        typer.Option(metavar="N|none", help=MAX_CONCURRENCY_HELP, show_default="as it is"),
+    ] = None,
+    tokens_per_day: Annotated[
+        str | None,
+        typer.Option(metavar="N|none", help=TOKENS_PER_DAY_HELP, show_default="as it is"),
+    ] = None,
 ) -> None:
-    """Change what a key may use, at once, also in running servers; `none` lifts a limit."""
+    """Change a key's limits, also in running servers; `none` lifts one."""
     limits = parse_limits(max_concurrency, tokens_per_day)
     if not limits:
         raise ConfigError("nothing to change: give --max-concurrency N, --tokens-per-day N or both")

@@ -1,53 +1,27 @@
 """The OpenAPI 3.1 document of this server, at ``GET /openapi.json``.
 
-What a chat request may be comes from the models in `api.schemas`, with the limits that are checked
-elsewhere added; answers are written out here. Tests hold the document against the server, field by
-field and with random requests.
+What a request may be comes from the models of requests, with the limits that are checked elsewhere
+added; answers are written out. Tests hold the document against the server, field by field and with
+random requests.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from api.openapi_chat import chat_answer_schemas, chat_request_schemas
 from api.openapi_completions import completion_answer_schemas, completion_request_schemas
 from api.openapi_parts import (
+    COUNT,
     JSON,
-    REFERENCE,
+    NOTHING,
+    TEXT,
     Schema,
+    array_of,
     body_of,
-    clean,
     closed_object,
-    limit_sampling,
-    or_null,
     reference,
 )
-from api.schemas import ChatRequest
-
-DESCRIPTIONS = {
-    "temperature": "0 always takes the most likely token. Left out: what the checkpoint says.",
-    "top_k": "0 and -1 are off.",
-    "logit_bias": "Token ids, below the size of the vocabulary, and what to add to their logits.",
-    "max_tokens": "More than the context has room for is cut to that room.",
-    "max_completion_tokens": "The newer name of max_tokens; if both are there this one counts.",
-    "stop": "The answer ends before any of these; it does not hold them.",
-    "stop_token_ids": "The answer ends at any of these; each is below the size of the vocabulary.",
-    "n": "Answers to generate.",
-    "top_logprobs": "More than 0 needs logprobs to be true.",
-    "stream": "Answer with server-sent events.",
-    "timings": "Say how long the answer took, as the header 'X-Fathom-Timings: 1' does too.",
-    "timings_per_token": "The same as timings.",
-    "add_generation_prompt": "Whether the template opens a new answer; true if left out.",
-    "continue_final_message": "The answer goes on with the text of the last message, which must be "
-    "an assistant's without tool calls; prefix in that message, and in no other, says the same. "
-    "If it has reasoning_content, the answer goes on behind that thought, or inside it if there is "
-    "no text. add_generation_prompt cannot be true then.",
-    "tools": "Functions that the model may call. A model that was not taught to call any is told "
-    "of them only if tool_choice asks for a call.",
-    "tool_choice": "A function must be one of tools. Without tools it means nothing.",
-    "parallel_tool_calls": "false ends the answer behind the first call.",
-    "chat_template_kwargs": "Variables of the chat template, at most 65,536 characters of JSON. "
-    "Names that the server sets itself, as messages and tools, are refused.",
-}
 
 OPERATION_ERRORS = ("400", "403", "408", "413", "414", "421", "429", "431", "500", "503")
 """What any request may end in, whatever it asks for."""
@@ -72,7 +46,11 @@ ERROR_TYPES = ["invalid_request_error", "rate_limit_error", "server_error"]
 
 def openapi_document(model_names: Sequence[str], *, needs_key: bool) -> Schema:
     """The document of a server with these models; with ``needs_key`` it asks for a key."""
-    schemas = {**_request_schemas(model_names), **_answer_schemas(model_names)}
+    schemas = {
+        **chat_request_schemas(model_names),
+        **completion_request_schemas(model_names),
+        **_answer_schemas(model_names),
+    }
     document: Schema = {
         "openapi": "3.1.0",
         "jsonSchemaDialect": "https://json-schema.org/draft/2020-12/schema",
@@ -170,166 +148,41 @@ def _paths(model_names: Sequence[str], *, needs_key: bool) -> Schema:
     }
 
 
-def _request_schemas(model_names: Sequence[str]) -> Schema:
-    """`ChatRequest` and its parts, as strict as the server and no stricter."""
-    root = ChatRequest.model_json_schema(ref_template=REFERENCE)
-    parts: Schema = root.pop("$defs")
-    schemas: Schema = {name: clean(part) for name, part in parts.items()}
-    request = schemas["ChatRequest"] = clean(root)
-    request["description"] = "A chat request."
-    fields = request["properties"]
-    limit_sampling(fields, model_names)
-    choices: Schema = {"enum": ["none", "auto", "required", None]}
-    fields["tool_choice"] = {"anyOf": [choices, reference("NamedTool")]}
-    switch = {"type": ["boolean", "null"]}
-    fields["chat_template_kwargs"]["anyOf"][0]["properties"] = {
-        "thinking": switch,
-        "enable_thinking": switch,
-        "thinking_budget": {"type": ["integer", "null"], "minimum": 0},
-    }
-    for name, description in DESCRIPTIONS.items():
-        fields[name]["description"] = description
-    request["anyOf"] = [  # top_logprobs needs logprobs
-        {"properties": {"top_logprobs": {"enum": [0, None]}}},
-        {"properties": {"logprobs": {"const": True}}, "required": ["logprobs"]},
-    ]
-    open_object: Schema = {"type": "object", "additionalProperties": True}
-    described = {**open_object, "properties": {"schema": open_object}, "required": ["schema"]}
-    schemas["ResponseFormat"]["anyOf"] = [
-        {"properties": {"type": {"enum": ["text", "json_object"]}}},
-        _needs("json_schema", json_schema=described),
-        _needs("regex", regex={"type": "string"}),
-        _needs("regex", pattern={"type": "string"}),
-        _needs("grammar", grammar={"type": "string"}),
-    ]
-    schemas |= _message_schemas(schemas.pop("Message"))
-    return schemas | completion_request_schemas(model_names)
-
-
-def _needs(kind: str, **fields: Schema) -> Schema:
-    """A response format of this type has these fields, not null."""
-    return {"properties": {"type": {"const": kind}, **fields}, "required": list(fields)}
-
-
-def _message_schemas(message: Schema) -> Schema:
-    """Only an assistant's message may be without content: it may be all thought or tool calls."""
-    fields: Schema = message["properties"]
-    roles: list[str] = fields["role"]["enum"]
-    parts = {"type": "array", "items": reference("TextPart")}
-    text = {"type": "string"}
-    assistant = fields | {
-        "role": {"const": "assistant"},
-        "content": {"anyOf": [text, parts, {"type": "null"}]},
-    }
-    others = fields | {
-        "role": {"enum": [role for role in roles if role != "assistant"]},
-        "prefix": {"enum": [False, None]},
-        "content": {"anyOf": [text, parts]},
-    }
-    return {
-        "Message": {"anyOf": [reference("AssistantMessage"), reference("OtherMessage")]},
-        "AssistantMessage": {**message, "properties": assistant, "required": ["role"]},
-        "OtherMessage": {**message, "properties": others, "required": ["role", "content"]},
-    }
-
-
 def _answer_schemas(model_names: Sequence[str]) -> Schema:
     name: Schema = {"enum": list(model_names)}
-    text: Schema = {"type": "string"}
-    nothing: Schema = {"type": "null"}
-    count: Schema = {"type": "integer", "minimum": 0}
+    head: Schema = {"id": TEXT, "created": COUNT, "model": name, "system_fingerprint": TEXT}
     model: Schema = {
         "id": name,
         "object": {"const": "model"},
-        "created": count,
-        "owned_by": text,
-        "permission": nothing,
+        "created": COUNT,
+        "owned_by": TEXT,
+        "permission": NOTHING,
         "root": name,
-        "parent": nothing,
+        "parent": NOTHING,
         "max_model_len": {"type": "integer", "minimum": 1},
     }
-    head: Schema = {"id": text, "created": count, "model": name, "system_fingerprint": text}
-    finish_reason: Schema = {"enum": ["stop", "length", "tool_calls"]}
-    token: Schema = {
-        "token": text,
-        "logprob": {"type": "number", "maximum": 0},
-        "bytes": {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 255}},
-    }
-    tops: Schema = {"type": "array", "items": reference("TopLogprob"), "maxItems": 20}
-    tokens: Schema = {"type": ["array", "null"], "items": reference("TokenLogprob")}
-    choice: Schema = {
-        "index": count,
-        "message": reference("AnswerMessage"),
-        "logprobs": or_null("Logprobs"),
-        "finish_reason": finish_reason,
-    }
-    delta: Schema = {
-        "role": {"const": "assistant"},
-        "content": text,
-        "reasoning_content": text,
-        "reasoning": text,
-        "tool_calls": {"type": "array", "items": reference("AnswerToolCallDelta"), "minItems": 1},
-    }
-    call: Schema = {
-        "id": text,
-        "type": {"const": "function"},
-        "function": closed_object({"name": text, "arguments": text}),
-    }
-    call_parts: Schema = {"index": count, "function": closed_object({"arguments": text})}
-    chunk_choice: Schema = {
-        "index": count,
-        "delta": closed_object(delta, optional=delta),
-        "logprobs": reference("Logprobs"),
-        "finish_reason": {"enum": [*finish_reason["enum"], None]},
+    models: Schema = {
+        "object": {"const": "list"},
+        "data": {**array_of(reference("Model")), "minItems": 1},
     }
     usage: Schema = {
-        "prompt_tokens": count,
-        "completion_tokens": count,
-        "total_tokens": count,
-        "prompt_tokens_details": closed_object({"cached_tokens": count}),
-        "completion_tokens_details": closed_object({"reasoning_tokens": count}),
-        "prompt_cache_hit_tokens": count,
-        "prompt_cache_miss_tokens": count,
+        "prompt_tokens": COUNT,
+        "completion_tokens": COUNT,
+        "total_tokens": COUNT,
+        "prompt_tokens_details": closed_object({"cached_tokens": COUNT}),
+        "completion_tokens_details": closed_object({"reasoning_tokens": COUNT}),
+        "prompt_cache_hit_tokens": COUNT,
+        "prompt_cache_miss_tokens": COUNT,
     }
     error: Schema = {
-        "message": text,
+        "message": TEXT,
         "type": {"enum": ERROR_TYPES},
         "param": {"type": ["string", "null"]},
-        "code": text,
-    }
-    logprobs: Schema = {"content": tokens, "reasoning_content": tokens, "refusal": nothing}
-    message: Schema = {
-        **delta,
-        "content": {"type": ["string", "null"]},
-        "tool_calls": {"type": "array", "items": reference("AnswerToolCall"), "minItems": 1},
-        "refusal": nothing,
-    }
-    some = ("reasoning_content", "reasoning", "tool_calls")
-    completion: Schema = {
-        **head,
-        "object": {"const": "chat.completion"},
-        "choices": {"type": "array", "items": closed_object(choice), "minItems": 1},
-        "usage": reference("Usage"),
-        "timings": reference("Timings"),
-    }
-    chunk: Schema = {
-        **head,
-        "object": {"const": "chat.completion.chunk"},
-        "choices": {"type": "array", "items": closed_object(chunk_choice, optional=["logprobs"])},
-        "usage": or_null("Usage"),
-        "timings": reference("Timings"),
-    }
-    events: Schema = {
-        "contentMediaType": JSON,
-        "contentSchema": {"anyOf": [reference("ChatCompletionChunk"), reference("Error")]},
-    }
-    event: Schema = {
-        "event": {"const": "message"},
-        "data": {"type": "string", "anyOf": [{"const": "[DONE]"}, events]},
+        "code": TEXT,
     }
     progress: Schema = {
         "status": {"enum": ["loading", "restarting", "failing", "stopped", "draining"]},
-        "phase": text,
+        "phase": TEXT,
         "percent": {"type": ["number", "null"], "minimum": 0, "maximum": 100},
     }
     document: Schema = {
@@ -338,46 +191,26 @@ def _answer_schemas(model_names: Sequence[str]) -> Schema:
         "paths": {"type": "object", "additionalProperties": True},
     }
     return {
-        "Model": closed_object(model),
-        "ModelList": closed_object(
-            {
-                "object": {"const": "list"},
-                "data": {"type": "array", "items": reference("Model"), "minItems": 1},
-            }
-        ),
-        "ChatCompletion": closed_object(completion, optional=["timings"]),
-        "AnswerMessage": closed_object(message, optional=some),
-        "AnswerToolCall": closed_object(call),
-        "AnswerToolCallDelta": {
-            "description": "The first of a call has its id and name; arguments are joined.",
-            "anyOf": [closed_object({"index": count, **call}), closed_object(call_parts)],
-        },
-        "ChatCompletionChunk": closed_object(chunk, optional=["usage", "timings"]),
-        "ChatEvent": {
-            "description": "One event of a stream. The last is [DONE], or an Error in its place.",
-            **closed_object(event, optional=["event"]),
-        },
-        "Logprobs": closed_object(logprobs, optional=["reasoning_content"]),
-        "TokenLogprob": closed_object({**token, "top_logprobs": tops}),
-        "TopLogprob": closed_object(token),
+        **chat_answer_schemas(head),
+        **completion_answer_schemas(head),
         "Usage": closed_object(usage),
         "Timings": closed_object(_timings()),
-        "Metrics": {"type": "string"},
+        "Model": closed_object(model),
+        "ModelList": closed_object(models),
+        "Metrics": TEXT,
         "Stats": closed_object(_stats(name)),
         "Health": closed_object({"status": {"const": "ok"}}),
         "Ready": closed_object({"status": {"const": "ready"}, "model": name}),
         "NotReady": closed_object({"error": closed_object(error), **progress}),
         "Document": {**closed_object(document), "additionalProperties": True},
         "Error": closed_object({"error": closed_object(error)}),
-        **completion_answer_schemas(head),
     }
 
 
 def _timings() -> Schema:
-    count: Schema = {"type": "integer", "minimum": 0}
     measured: Schema = {"type": ["number", "null"], "minimum": 0}
     milliseconds = dict.fromkeys(("queue_ms", "prompt_ms", "predicted_ms"), measured)
-    counts = dict.fromkeys(("prompt_n", "cached_n", "predicted_n"), count)
+    counts = dict.fromkeys(("prompt_n", "cached_n", "predicted_n"), COUNT)
     return (
         milliseconds
         | counts
@@ -386,28 +219,26 @@ def _timings() -> Schema:
 
 
 def _stats(model_name: Schema) -> Schema:
-    text: Schema = {"type": "string"}
-    count: Schema = {"type": "integer", "minimum": 0}
     amount: Schema = {"type": "number", "minimum": 0}
     request: Schema = {
-        "id": text,
+        "id": TEXT,
         "key_id": {"type": ["string", "null"]},
-        "prompt_tokens": count,
-        "completion_tokens": count,
+        "prompt_tokens": COUNT,
+        "completion_tokens": COUNT,
         "seconds": amount,
     }
-    sequences = dict.fromkeys(("num_running", "num_waiting"), count)
-    pages = dict.fromkeys(("num_pages", "num_free_pages", "num_cached_pages"), count)
+    sequences = dict.fromkeys(("num_running", "num_waiting"), COUNT)
+    pages = dict.fromkeys(("num_pages", "num_free_pages", "num_cached_pages"), COUNT)
     kinds = ("prompt_tokens_total", "cached_tokens_total", "generation_tokens_total")
     return {
         "model": model_name,
         "uptime_seconds": amount,
         **sequences,
         **pages,
-        **dict.fromkeys(kinds, count),
+        **dict.fromkeys(kinds, COUNT),
         "tokens_per_second": amount,
-        "requests_total": {"type": "object", "additionalProperties": count},
-        "restarts": count,
+        "requests_total": {"type": "object", "additionalProperties": COUNT},
+        "restarts": COUNT,
         "ttft_seconds_p50": {"type": ["number", "null"], "minimum": 0},
         "requests": {"type": "array", "items": closed_object(request)},
     }

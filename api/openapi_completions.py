@@ -6,11 +6,14 @@ from collections.abc import Sequence
 
 from api.completion_fields import MAX_PROMPTS, CompletionRequest
 from api.openapi_parts import (
-    JSON,
+    COUNT,
     REFERENCE,
+    TEXT,
     Schema,
+    array_of,
     clean,
     closed_object,
+    event_schema,
     limit_sampling,
     or_null,
     reference,
@@ -64,19 +67,17 @@ def completion_request_schemas(model_names: Sequence[str]) -> Schema:
 
 def completion_answer_schemas(head: Schema) -> Schema:
     """The answers; ``head`` are the fields that every answer begins with."""
-    text: Schema = {"type": "string"}
-    count: Schema = {"type": "integer", "minimum": 0}
     logprob: Schema = {"type": "number", "maximum": 0}
     best: Schema = {"type": ["object", "null"], "additionalProperties": logprob}
     logprobs: Schema = {
-        "tokens": {"type": "array", "items": text},
-        "token_logprobs": {"type": "array", "items": {**logprob, "type": ["number", "null"]}},
-        "top_logprobs": {"type": "array", "items": best},
-        "text_offset": {"type": "array", "items": count},
+        "tokens": array_of(TEXT),
+        "token_logprobs": array_of({**logprob, "type": ["number", "null"]}),
+        "top_logprobs": array_of(best),
+        "text_offset": array_of(COUNT),
     }
     choice: Schema = {
-        "index": count,
-        "text": {**text, "description": "As the model wrote it: thoughts are not split off."},
+        "index": COUNT,
+        "text": {**TEXT, "description": "As the model wrote it: thoughts are not split off."},
         "logprobs": or_null("TextLogprobs"),
         "finish_reason": {"enum": ["stop", "length"]},
     }
@@ -84,38 +85,27 @@ def completion_answer_schemas(head: Schema) -> Schema:
     completion: Schema = {
         **head,
         "object": {"const": "text_completion"},
-        "choices": {"type": "array", "items": closed_object(choice), "minItems": 1},
+        "choices": {**array_of(closed_object(choice)), "minItems": 1},
         "usage": reference("Usage"),
         "timings": reference("Timings"),
     }
     chunk: Schema = {
         **completion,
-        "choices": {"type": "array", "items": closed_object(growing)},
+        "choices": array_of(closed_object(growing)),
         "usage": or_null("Usage"),
     }
-    events: Schema = {
-        "contentMediaType": JSON,
-        "contentSchema": {"anyOf": [reference("TextCompletionChunk"), reference("Error")]},
-    }
-    event: Schema = {
-        "event": {"const": "message"},
-        "data": {"type": "string", "anyOf": [{"const": "[DONE]"}, events]},
-    }
-    piece: Schema = {"anyOf": [text, {"type": "array", "items": {**count, "maximum": 255}}]}
-    token: Schema = {"anyOf": [count, closed_object({"id": count, "piece": piece})]}
+    piece: Schema = {"anyOf": [TEXT, array_of({**COUNT, "maximum": 255})]}
+    token: Schema = {"anyOf": [COUNT, closed_object({"id": COUNT, "piece": piece})]}
     tokens: Schema = {
-        "count": count,
-        "max_model_len": count,
-        "tokens": {"type": "array", "items": token},
+        "count": COUNT,
+        "max_model_len": COUNT,
+        "tokens": array_of(token),
     }
     return {
         "TextCompletion": closed_object(completion, optional=["timings"]),
         "TextCompletionChunk": closed_object(chunk, optional=["usage", "timings"]),
-        "TextEvent": {
-            "description": "One event of a stream. The last is [DONE], or an Error in its place.",
-            **closed_object(event, optional=["event"]),
-        },
+        "TextEvent": event_schema("TextCompletionChunk"),
         "TextLogprobs": closed_object(logprobs),
         "Tokens": closed_object(tokens),
-        "Text": closed_object({"prompt": text, "content": text}),
+        "Text": closed_object({"prompt": TEXT, "content": TEXT}),
     }

@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from api.fields import INT32_MAX
-from api.sampling_fields import MAX_LOGIT_BIAS
-from runtime import INT64_MAX, INT64_MIN, MAX_STOP_CHARS, MAX_STOP_STRINGS
+from runtime import INT64_MAX, INT64_MIN, MAX_LOGIT_BIAS, MAX_STOP_CHARS, MAX_STOP_STRINGS
 
 Schema = dict[str, Any]
 
 JSON = "application/json"
 REFERENCE = "#/components/schemas/{model}"
+TEXT: Schema = {"type": "string"}
+COUNT: Schema = {"type": "integer", "minimum": 0}
+NOTHING: Schema = {"type": "null"}
 
 RANGES: dict[str, Schema] = {
     "temperature": {"minimum": 0, "maximum": 2},
@@ -82,6 +84,26 @@ def reference(name: str) -> Schema:
 
 def or_null(name: str) -> Schema:
     return {"anyOf": [reference(name), {"type": "null"}]}
+
+
+def array_of(items: Schema) -> Schema:
+    return {"type": "array", "items": items}
+
+
+def event_schema(chunk: str) -> Schema:
+    """One event of a stream of these chunks."""
+    data: Schema = {
+        "contentMediaType": JSON,
+        "contentSchema": {"anyOf": [reference(chunk), reference("Error")]},
+    }
+    event: Schema = {
+        "event": {"const": "message"},
+        "data": {"type": "string", "anyOf": [{"const": "[DONE]"}, data]},
+    }
+    return {
+        "description": "One event of a stream. The last is [DONE], or an Error in its place.",
+        **closed_object(event, optional=["event"]),
+    }
 
 
 def body_of(name: str) -> Schema:

@@ -5,20 +5,38 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from api.errors import shorten
 from api.fields import FAIL_FAST, INT32_MAX, Body, Integer, Number, Strings
-from runtime import BadRequest, GenerationDefaults, SamplingParams
+from runtime import MAX_LOGIT_BIAS, MAX_TOP_LOGPROBS, BadRequest, GenerationDefaults, SamplingParams
 
-MAX_LOGIT_BIAS = 1024
 MAX_STOP_TOKEN_IDS = 1024
 MAX_SALT_CHARS = 256
 MAX_PRIORITY = 1000
 MAX_CHOICES = 8
+
+IGNORED_FIELDS = frozenset(
+    {
+        "cache_prompt",
+        "include_reasoning",
+        "metadata",
+        "modalities",
+        "prediction",
+        "prompt_cache_key",
+        "safety_identifier",
+        "separate_reasoning",
+        "service_tier",
+        "store",
+        "verbosity",
+    }
+)
+"""Fields of clients that do not change an answer of this server; not worth a line in the log."""
+
+NumLogprobs = Annotated[Integer, Field(ge=0, le=MAX_TOP_LOGPROBS)]
 
 
 def _few(value: object) -> object:
@@ -72,6 +90,11 @@ class SamplingFields(Body):
     @property
     def include_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
+
+
+def unknown_fields(model: type[SamplingFields], body: Mapping[str, Any]) -> set[str]:
+    """Names in the body of a request that mean nothing here."""
+    return body.keys() - model.model_fields.keys() - IGNORED_FIELDS
 
 
 def sampling_params(

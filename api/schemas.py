@@ -11,7 +11,7 @@ from pydantic import Discriminator, Field, Tag
 
 from api.fields import FAIL_FAST, INT32_MAX, PARTS, TEXT, Body, Integer, parse, show
 from api.response_format import ResponseFormat, grammar_of
-from api.sampling_fields import SamplingFields, sampling_params
+from api.sampling_fields import NumLogprobs, SamplingFields, sampling_params
 from api.tools import ToolChoice, Tools, check_tools
 from runtime import BadRequest, GenerationDefaults, SamplingParams
 
@@ -21,29 +21,13 @@ MAX_VARIABLES_CHARS = 65_536  # of chat_template_kwargs as JSON
 THINKING_VARIABLES = ("thinking", "enable_thinking")
 """Names in chat templates for the switch: DeepSeek's and Qwen's."""
 
-IGNORED_FIELDS = frozenset(
-    {
-        "include_reasoning",
-        "metadata",
-        "modalities",
-        "prediction",
-        "prompt_cache_key",
-        "safety_identifier",
-        "separate_reasoning",
-        "service_tier",
-        "store",
-        "verbosity",
-    }
-)
-"""Fields of the API that do not change an answer of this server; not worth a line in the log."""
-
 
 def _content_kind(value: object) -> str:
     return PARTS if isinstance(value, list) else TEXT
 
 
 NumTokens = Annotated[Integer, Field(ge=0)]
-ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max", "ultra"]
 
 
 class TextPart(Body):
@@ -80,7 +64,7 @@ class Message(Body):
 
 
 class Thinking(Body):
-    type: Literal["enabled", "disabled", "auto"]
+    type: Literal["enabled", "disabled", "auto", "adaptive"]  # the last two leave it to the server
     budget_tokens: NumTokens | None = None  # Anthropic's
 
 
@@ -95,7 +79,7 @@ class ChatRequest(SamplingFields):
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES), FAIL_FAST]
     logprobs: bool | None = None
-    top_logprobs: Annotated[Integer, Field(ge=0, le=20)] | None = None
+    top_logprobs: NumLogprobs | None = None
     response_format: ResponseFormat | None = None
     tools: Tools | None = None
     tool_choice: ToolChoice | None = None
@@ -207,11 +191,6 @@ def _thinking_budget(request: ChatRequest) -> int | None:
     return None
 
 
-def unknown_fields(body: Mapping[str, Any]) -> set[str]:
-    """Names in the body that mean nothing here."""
-    return body.keys() - ChatRequest.model_fields.keys() - IGNORED_FIELDS
-
-
 def thinking_wanted(request: ChatRequest) -> bool | None:
     """Whether the client wants a thought before the answer; None if it does not say.
 
@@ -228,7 +207,7 @@ def thinking_wanted(request: ChatRequest) -> bool | None:
                 param=f"chat_template_kwargs.{name}",
                 code="invalid_type",
             )
-    if request.thinking is not None and request.thinking.type != "auto":
+    if request.thinking is not None and request.thinking.type in ("enabled", "disabled"):
         return request.thinking.type == "enabled"
     reasoning = request.reasoning or Reasoning()
     for switch in (request.enable_thinking, reasoning.enabled):

@@ -17,6 +17,7 @@ import shlex
 import signal
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -173,6 +174,7 @@ class Service:
         self.store = store
         self.output = output
         self.console = Console(highlight=False, soft_wrap=True)
+        self.preparing: threading.Thread | None = None
         self.bar = LoadingBar(self.console, options.model_names[0])
         policy = SupervisorPolicy(
             max_waiting=options.limits.queue,
@@ -249,6 +251,10 @@ class Service:
             await self.state.running.watch_keys(self.store)
 
     def _show_progress(self, done: int, total: int) -> None:
+        if self.preparing is None:  # not before: the start of the engine process wants the lock
+            prepare = self.state.tokenizer.grammar_vocabulary.prepare
+            self.preparing = threading.Thread(target=prepare, name="grammars", daemon=True)
+            self.preparing.start()
         self.output.put(lambda: self.bar.update(done, total))
 
     def _announce(self, info: EngineInfo, seconds: float) -> None:

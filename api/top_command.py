@@ -60,7 +60,7 @@ def top_command(
         bool, typer.Option("--once", help="Print the figures once, for scripts, and end.")
     ] = False,
 ) -> None:
-    """Watch a server: requests, tokens per second, pages of the cache, hits. `q` ends it."""
+    """Watch a running server: requests, tokens per second, cache pages and hits. `q` ends it."""
     console = Console(highlight=False)
     fetch = stats_reader(url, key)
     if once:

@@ -178,9 +178,9 @@ def time_decode(
     """``(seconds per step, mean context)`` of steady decoding: the median of several rounds."""
     seq_ids = start_decoding(engine, passing, batch, context, params)
     try:
-        _run(engine, WARM_UP_STEPS, device)
+        run_steps(engine, WARM_UP_STEPS, device)
         _, num_before = _context(engine)
-        rounds = [_run(engine, MIN_STEPS, device) for _ in range(ROUNDS)]
+        rounds = [run_steps(engine, MIN_STEPS, device) for _ in range(ROUNDS)]
         num_seqs, num_after = _context(engine)
     finally:
         for seq_id in seq_ids:
@@ -192,7 +192,8 @@ def time_decode(
     return statistics.median(rounds), (num_before + num_after) / 2 / batch
 
 
-def _run(engine: Engine, num_steps: int, device: torch.device) -> float:
+def run_steps(engine: Engine, num_steps: int, device: torch.device) -> float:
+    """Seconds of an engine's step, the mean of several."""
     synchronize(device)
     start = time.perf_counter()
     for _ in range(num_steps):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -52,6 +52,14 @@ class Floor:
     def step_bytes(self, batch: int, context: float) -> float:
         """Bytes that a decode step reads; ``context`` is the mean number of cached tokens."""
         return self.weight_bytes(batch) + batch * context * self.cache_bytes_per_token
+
+    def scaled(self, share: float) -> Floor:
+        """The floor of the same model with weights of ``share`` times the bytes."""
+        return replace(
+            self,
+            dense_bytes=round(self.dense_bytes * share),
+            routed_bytes=round(self.routed_bytes * share),
+        )
 
     def prompt_flops(self, num_tokens: int) -> float:
         """Operations of a prompt from its first token, head not counted."""

@@ -18,11 +18,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
-import importlib.metadata
 import json
 import os
-import platform
 import signal
 import subprocess
 import sys
@@ -33,9 +30,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.machine import ROOT, commit, date, first_line, versions
 from benchmarks.report import summary
 
-ROOT = Path(__file__).resolve().parent.parent
 SAVE_SECONDS = 5.0
 END_SECONDS = 5.0  # kept for what comes after the last part
 STOP_SECONDS = 15.0  # from the time after which a part starts nothing new to its end by force
@@ -154,7 +151,7 @@ def _run_part(
                 except subprocess.TimeoutExpired:
                     code = None
         finally:
-            _end_group(process)
+            end_group(process)
     seconds = time.monotonic() - start
     if code is None:
         outcome = _outcome("timed out", seconds, f"ended by force after {limit:.0f} s")
@@ -165,7 +162,7 @@ def _run_part(
     results["parts"][name] = {**outcome, "rows": _read_rows(rows_path)}
 
 
-def _end_group(process: subprocess.Popen[bytes]) -> None:
+def end_group(process: subprocess.Popen[bytes]) -> None:
     """End the part and whatever it started."""
     with contextlib.suppress(ProcessLookupError, PermissionError):  # all of them have ended
         os.killpg(process.pid, signal.SIGKILL)
@@ -204,42 +201,19 @@ def _save(results: dict[str, Any], out: Path) -> None:
 
 def run_facts(device: str, tiny: bool, minutes: float) -> dict[str, Any]:
     """Versions, machine, commit and date; what cannot be found out is None."""
-    names = ("torch", "triton", "transformers", "numpy")
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
-    gpu = _first_line(query) if device.startswith("cuda") else None
+    gpu = first_line(query) if device.startswith("cuda") else None
     name, driver, memory = (gpu.split(", ") if gpu else [None, None, None])[:3]
     return {
         "benchmark": "gpu",
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "date": date(),
         "commit": commit(),
         "device": device,
         "tiny": tiny,
         "minutes": minutes,
         "gpu": {"name": name, "driver": driver, "memory": memory},
-        "versions": {"python": platform.python_version(), **{n: _version(n) for n in names}},
+        "versions": versions(),
     }
-
-
-def commit() -> str | None:
-    """The short hash of what is checked out, None without git."""
-    return _first_line(["git", "rev-parse", "--short", "HEAD"])
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _first_line(command: list[str]) -> str | None:
-    try:
-        answer = subprocess.run(
-            command, capture_output=True, text=True, timeout=20, check=True, cwd=ROOT
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return (answer.stdout.splitlines() or [None])[0]
 
 
 def _has_gpu() -> bool:

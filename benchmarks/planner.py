@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from benchmarks.gpu import commit
+from benchmarks.machine import print_record
 from kernels.batch import PagedBatch
 from runtime import Engine, EngineInfo, SamplingParams, wire
 from runtime.engine import make_scheduler
@@ -163,8 +162,7 @@ def main() -> None:
         )
         row = {"sequences": num_seqs, "host_s": host, "host_95_s": late, "device_s": step}
         results.append({**row, "idle_share": share})
-    record = {"benchmark": "planner", "commit": commit(), "torch": torch.__version__}
-    print(json.dumps(record | {"results": results}))
+    print_record("planner", results=results)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,10 @@ from runtime.config import Fields
 from runtime.models import FAMILIES, CausalLM
 from runtime.models.layers import Placement
 
-RELEASED = Path(__file__).with_name("released_configs.json")
+CONFIG_FILES = [
+    Path(__file__).with_name("released_configs.json"),
+    Path(__file__).with_name("peer_configs.json"),  # not DeepSeek's: sizes that peers report
+]
 WEIGHT_SCALE = 0.02
 
 _TINY_SIZES = {
@@ -38,10 +41,15 @@ _TINY_LATENT = {
 _TINY_HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 
 
+def known_configs() -> dict[str, dict[str, Any]]:
+    """Name -> config.json of every model that can be made."""
+    files = [json.loads(path.read_text(encoding="utf-8")) for path in CONFIG_FILES]
+    return {name: entry["config"] for entries in files for name, entry in entries.items()}
+
+
 def config_json(name: str, *, tiny: bool = False) -> dict[str, Any]:
     """The config.json of a released model; ``tiny`` keeps its family and shrinks its sizes."""
-    released = json.loads(RELEASED.read_text(encoding="utf-8"))
-    config: dict[str, Any] = copy.deepcopy(released[name]["config"])
+    config: dict[str, Any] = copy.deepcopy(known_configs()[name])
     if tiny:
         config |= _TINY_SIZES | (_TINY_LATENT if "kv_lora_rank" in config else _TINY_HEADS)
         config.pop("head_dim", None)

@@ -30,8 +30,10 @@ from runtime.process import EngineClient
 from runtime.request import (
     INT64_MAX,
     INT64_MIN,
+    MAX_LOGIT_BIAS,
     MAX_STOP_CHARS,
     MAX_STOP_STRINGS,
+    MAX_TOP_LOGPROBS,
     FinishReason,
     SamplingParams,
     TokenEvent,
@@ -48,8 +50,10 @@ from runtime.weights import Checkpoint, find_checkpoint, inspect_checkpoint, pul
 __all__ = [
     "INT64_MAX",
     "INT64_MIN",
+    "MAX_LOGIT_BIAS",
     "MAX_STOP_CHARS",
     "MAX_STOP_STRINGS",
+    "MAX_TOP_LOGPROBS",
     "BadRequest",
     "ChatPrompt",
     "Checkpoint",

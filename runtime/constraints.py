@@ -14,11 +14,14 @@ from collections.abc import Sequence as Seq
 
 import numpy as np
 import numpy.typing as npt
+from llguidance import LLMatcher
 
+from runtime.control_tokens import THINK_END
+from runtime.grammar import Grammar
 from runtime.request import SamplingParams
-from runtime.tokenizer import THINK_END, Tokenizer
+from runtime.tokenizer import Tokenizer
 
-Words = npt.NDArray[np.int32]
+Bitmask = npt.NDArray[np.int32]
 """[ceil(vocab / 32)]: bit i % 32 of word i // 32 is set if token i is allowed."""
 
 MAX_PERIOD = 64
@@ -74,18 +77,29 @@ class Constraints:
         self.newline_ids = frozenset(
             i for i, text in enumerate(tokenizer.token_bytes) if text and not text.strip(b"\n")
         )
-        self.thought_words = self.words(range(self.num_tokens)) & ~self.words(self.end_ids)
+        self._latest: tuple[Grammar, LLMatcher] | None = None
+        self.thought_bitmask = self.bitmask(range(self.num_tokens)) & ~self.bitmask(self.end_ids)
         if end_id is None:
             # What follows in the same token would be text that no grammar has seen.
             behind = (text.partition(b">")[2] for text in tokenizer.token_bytes)
             rests = [i for i, rest in enumerate(behind) if rest.strip(b"\n")]
-            self.thought_words &= ~self.words(rests)
+            self.thought_bitmask &= ~self.bitmask(rests)
 
     def make(self, prompt_ids: Seq[int], params: SamplingParams) -> Constraint | None:
         """None for a sequence that nothing holds back. Raises `BadRequest` for a bad grammar."""
         return Constraint(self, prompt_ids, params) if params.is_constrained else None
 
-    def words(self, token_ids: Seq[int] | frozenset[int]) -> Words:
+    def matcher(self, grammar: Grammar) -> LLMatcher:
+        """One of its own for each choice; those of a request come in a row and share the work.
+
+        Raises `BadRequest` for a grammar that cannot be followed.
+        """
+        if self._latest is None or self._latest[0] != grammar:
+            self._latest = None  # its memory is free before another takes as much
+            self._latest = grammar, self.vocabulary.compile(grammar)
+        return self._latest[1].deep_copy()
+
+    def bitmask(self, token_ids: Seq[int] | frozenset[int]) -> Bitmask:
         bits = np.zeros(32 * self.num_words, np.uint8)
         bits[list(token_ids)] = 1
         return np.packbits(bits, bitorder="little").view(np.int32)
@@ -108,9 +122,7 @@ class Constraint:
         self._shared = shared
         self._budget = params.thinking_budget
         self._loops = LoopDetector() if params.break_loops else None
-        self._matcher = (
-            shared.vocabulary.compile(params.grammar) if params.grammar is not None else None
-        )
+        self._matcher = None if params.grammar is None else shared.matcher(params.grammar)
         self._num_followed = 0
         self._num_thought = 0
         self._num_closing = 0  # tokens of </think> that were forced so far
@@ -143,11 +155,11 @@ class Constraint:
         return self._loops is not None and self._loops.may_loop_within(num_pending)
 
     def is_masked(self, output_ids: Seq[int]) -> bool:
-        """Whether the next token has to be one of ``words``; if not, any will do."""
+        """Whether the next token has to be one of ``bitmask``; if not, any will do."""
         self._follow(output_ids)
         return self._matcher is not None or (self._phase is _Phase.THOUGHT and self._closes)
 
-    def words(self, output_ids: Seq[int], banned_ids: Seq[int] = ()) -> Words:
+    def bitmask(self, output_ids: Seq[int], banned_ids: Seq[int] = ()) -> Bitmask:
         """The tokens that may come next: at least one.
 
         ``banned_ids`` are left out if others are left. Raises `ConstraintError`.
@@ -155,30 +167,30 @@ class Constraint:
         self._follow(output_ids)
         allowed = self._allowed()
         if banned_ids:
-            others = allowed & ~self._shared.words(frozenset(banned_ids))
+            others = allowed & ~self._shared.bitmask(frozenset(banned_ids))
             if others.any():
                 return others
         if not allowed.any():
             raise ConstraintError("no token may come next")
         return allowed
 
-    def _allowed(self) -> Words:
+    def _allowed(self) -> Bitmask:
         shared = self._shared
         if self._phase is _Phase.THOUGHT:
             if self._closes:
-                return shared.words(shared.closing_ids[self._num_closing :][:1])
-            return shared.thought_words
+                return shared.bitmask(shared.closing_ids[self._num_closing :][:1])
+            return shared.thought_bitmask
         if self._has_ended:
-            return shared.words(shared.end_ids)
-        allowed = self._grammar_words()
+            return shared.bitmask(shared.end_ids)
+        allowed = self._grammar_bitmask()
         if self._may_skip:
-            allowed = allowed | shared.words(shared.newline_ids)
+            allowed = allowed | shared.bitmask(shared.newline_ids)
         think_start_id = shared.tokenizer.think_start_id
         if self._phase is _Phase.START and think_start_id is not None:
-            allowed = allowed | shared.words([think_start_id])
+            allowed = allowed | shared.bitmask([think_start_id])
         return allowed
 
-    def _grammar_words(self) -> Words:
+    def _grammar_bitmask(self) -> Bitmask:
         """Raises `ConstraintError` if the grammar and its tokens do not fit, or take too much."""
         matcher = self._matcher
         assert matcher is not None, "only a grammar masks an answer"

@@ -13,6 +13,7 @@ import tokenizers
 
 from runtime.errors import BadRequest
 
+THINK_START, THINK_END = "<think>", "</think>"
 MAX_SPELT = 4096  # in one text of a client; each is encoded apart
 MAX_ROUNDS = 16  # a token inside a token inside a token
 MAX_CHARS = 64  # of a spelling; the longest of a release has 28

@@ -7,6 +7,7 @@ launches one step ahead: the device always has work while the host reads, commit
 from __future__ import annotations
 
 import itertools
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
@@ -128,7 +129,12 @@ class Engine:
             # A GPU has set the weights' memory aside already, a CPU does so as they are written.
             reserved=num_weight_bytes if device.type == "cpu" else 0,
         )
+        # reading weights leaves Python's lock free most of the time
+        prepare = tokenizer.grammar_vocabulary.prepare
+        preparing = threading.Thread(target=prepare, name="grammars", daemon=True)
+        preparing.start()
         load_weights(checkpoint, model, progress or (lambda done, total: None))
+        preparing.join()
         info = EngineInfo(
             model=str(config.model),
             architecture=checkpoint.architecture,

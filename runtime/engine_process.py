@@ -118,7 +118,7 @@ def serve_engine(sock: socket.socket, load: Loader = Engine.from_checkpoint) -> 
 
 def count_spoilt(events: list[TokenEvent], num_before: int) -> int:
     """Steps in succession that drew nothing finite; one that drew nothing at all does not count."""
-    if any(event.token_id is not None for event in events):
+    if any(event.token_id is not None or event.prompt_logprobs for event in events):
         return 0
     return num_before + any(event.finish_reason is FinishReason.NOT_FINITE for event in events)
 

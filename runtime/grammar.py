@@ -3,22 +3,26 @@ compiles it to masks over a tokenizer's tokens.
 
 What a client sends is bounded before the library sees it. Its compiler recurses as deep as the
 rules refer to one another, and a stack that overflows ends the process: `MAX_LEVELS` is below half
-of what overflowed 8 MiB in trials.
+of what overflowed 8 MiB in trials. Nor can it be stopped while it computes what several expressions
+have in common, which may take for ever; see `grammar_overlap`.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args
 
 import llguidance
+import numpy as np
 
 from runtime.config import one_line
 from runtime.errors import BadRequest
+from runtime.grammar_overlap import MAX_EXPRESSIONS, why_too_much
 
 if TYPE_CHECKING:
     from runtime.tokenizer import Tokenizer
@@ -29,8 +33,15 @@ MAX_LEVELS = 1000
 """Nesting of the parts of a grammar, added up over all parts that others refer to."""
 MAX_PROPERTIES = 1000
 """Of all objects of a schema; time to compile grows with their square."""
+MAX_SCHEMA_ITEMS = 10_000
+"""What the parser may keep for one byte of a schema's answer; a property that may be next is 4."""
+MAX_CHECK_SECONDS = 2.0
+"""Of a core. The engine compiles a grammar again, between two steps of all sequences."""
+NUM_TRIAL_TOKENS = 16
+"""Some grammars compile, and fail at the second token."""
 WHITESPACE = r" |\r?\n[ \t]{0,64}"
 """Between two tokens of JSON; were it free, a model might write blanks until its context ends."""
+LARK_LITERAL = re.compile(r'//[^\n]*|"(?:\\.|[^"\\\n])*"|/(?:\\.|[^/\\\n])+/')
 EMBEDDED_SCHEMA = re.compile(r"%json\s*(?=\{)")
 
 
@@ -61,7 +72,7 @@ class Grammar:
 
 
 class GrammarVocabulary:
-    """A tokenizer's tokens as grammars see them. The first grammar takes a second longer."""
+    """A tokenizer's tokens as grammars see them. `prepare` spares the first grammar a second."""
 
     def __init__(
         self,
@@ -88,21 +99,34 @@ class GrammarVocabulary:
     @cached_property
     def _tokenizer(self) -> llguidance.LLTokenizer:
         return llguidance.LLTokenizer(
-            llguidance.TokenizerWrapper(_Words(self)),
+            llguidance.TokenizerWrapper(_TokenizerAdapter(self)),
             n_vocab=len(self._token_bytes),
             eos_token=self.end_ids,
         )
+
+    def prepare(self) -> None:
+        """Build now what the first grammar would wait for: 0.8 s and 60 MiB for 128,000 tokens.
+
+        Python's lock is held meanwhile. Raises nothing: what fails here fails in `compile` again.
+        """
+        try:
+            _ = self._tokenizer
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException:  # a panic of the library is no Exception
+            pass
 
     def compile(self, grammar: Grammar) -> llguidance.LLMatcher:
         """A matcher at the start of an answer. Raises `BadRequest` for what it cannot follow."""
         if not self.end_ids:
             refuse("this checkpoint names no end-of-sequence token, which a format needs")
+        max_items = MAX_SCHEMA_ITEMS if grammar.kind == "json_schema" else None
         try:
             matcher = llguidance.LLMatcher(
                 self._tokenizer,
                 _source(grammar),
                 log_level=0,
-                limits=llguidance.LLParserLimits(verbose_errors=False),
+                limits=llguidance.LLParserLimits(max_items_in_row=max_items, verbose_errors=False),
             )
             if not matcher.is_error():
                 matcher.compute_bitmask()
@@ -116,6 +140,29 @@ class GrammarVocabulary:
         if error:
             refuse(_in_short(error))
         return matcher
+
+    def check(self, grammar: Grammar) -> None:
+        """Raises `BadRequest` for what takes too long to compile, or fails a few tokens later."""
+        self.prepare()  # that time is not the grammar's
+        started = time.thread_time()
+        matcher = self.compile(grammar)
+        try:
+            for _ in range(NUM_TRIAL_TOKENS):
+                mask = np.frombuffer(matcher.compute_bitmask(), np.uint8)
+                allowed = np.flatnonzero(np.unpackbits(mask, bitorder="little"))
+                allowed = allowed[~np.isin(allowed, self.end_ids)]
+                if matcher.is_error() or not allowed.size:
+                    break
+                matcher.consume_tokens([int(allowed[allowed.size // 2])])
+            error = matcher.get_error()
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as failure:  # a panic of the library is no Exception
+            error = str(failure) or type(failure).__name__
+        if error:
+            refuse(_in_short(error))
+        if time.thread_time() - started > MAX_CHECK_SECONDS:
+            refuse(f"it takes more than {MAX_CHECK_SECONDS:g} s to compile; make it simpler")
 
     def spell(self, text: bytes) -> list[int]:
         """Tokens of exactly these bytes, none of them a control token."""
@@ -144,7 +191,7 @@ class GrammarVocabulary:
         return token_ids
 
 
-class _Words:
+class _TokenizerAdapter:
     """What llguidance asks of a tokenizer."""
 
     bos_token_id = None
@@ -162,10 +209,10 @@ class _Words:
 def check_grammar(grammar: Grammar, tokenizer: Tokenizer) -> None:
     """Refuse what the engine could not follow. Raises `BadRequest`.
 
-    Takes a millisecond for most grammars and seconds at worst; other threads go on meanwhile. The
-    first call for a tokenizer takes a second more.
+    Takes some milliseconds for most grammars, `MAX_CHECK_SECONDS` at worst; other threads go on
+    meanwhile. The first call for a tokenizer that is not prepared takes a second more.
     """
-    tokenizer.grammar_vocabulary.compile(grammar)
+    tokenizer.grammar_vocabulary.check(grammar)
 
 
 def _in_short(error: str) -> str:
@@ -210,6 +257,7 @@ def _parse_schema(text: str) -> Any:
 
 def _schema_source(schema: dict[str, Any]) -> str:
     _check_levels(_schema_levels(schema))
+    _check_overlap(schema)
     return llguidance.LLMatcher.grammar_from_json_schema(
         schema, overrides={"whitespace_pattern": WHITESPACE, "lenient": False}
     )
@@ -243,8 +291,10 @@ def _schema_levels(schema: dict[str, Any]) -> int:
 
 def _find(schema: Any, reference: str) -> Any:
     """The part a reference means, None if that is not plain."""
-    steps = reference.removeprefix("#").split("/")[1:]
-    for step in steps if reference.startswith("#") else ["?"]:
+    start, *steps = reference.split("/")
+    if start != "#":
+        return None
+    for step in steps:
         name = step.replace("~1", "/").replace("~0", "~")
         if not isinstance(schema, dict) or name not in schema:
             return None
@@ -276,10 +326,19 @@ def _check_lark(text: str) -> None:
         except (ValueError, RecursionError) as error:
             refuse(f"the grammar embeds what is no JSON schema: {error}")
         levels += _schema_levels(schema)
+        _check_overlap(schema)
     rest.append(text[end:])
     for line in "".join(rest).splitlines():
         levels += 1 + min(sum(map(line.count, "([{")), 40)
     _check_levels(levels)
+    num_overlaps = LARK_LITERAL.sub("", "".join(rest)).count("&")
+    if num_overlaps > MAX_EXPRESSIONS:
+        refuse(f"the grammar may use & {MAX_EXPRESSIONS} times, it does {num_overlaps} times")
+
+
+def _check_overlap(schema: Any) -> None:
+    if isinstance(schema, dict) and (reason := why_too_much(schema, _find)) is not None:
+        refuse(reason)
 
 
 def _check_levels(levels: int) -> None:

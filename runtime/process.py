@@ -21,15 +21,7 @@ from collections.abc import Callable, Sequence
 from runtime import wire
 from runtime.admission import admit
 from runtime.engine_config import EngineConfig, EngineInfo
-from runtime.errors import (
-    CheckpointError,
-    ConfigError,
-    EngineDead,
-    FathomError,
-    QueueFull,
-    QueueTimeout,
-    RequestError,
-)
+from runtime.errors import EngineDead, FathomError, QueueTimeout, RequestError
 from runtime.generation import Generation
 from runtime.link import PROGRAM, EngineLink
 from runtime.request import FinishReason, SamplingParams, TokenEvent
@@ -166,13 +158,9 @@ class EngineClient:
             )
         if status.state in ("loading", "stopped"):
             raise EngineDead(f"The engine does not serve: {self._phase}. Try again later.")
-        num_waiting, num_running = self._submissions.num_waiting, self._submissions.num_running
-        limit = self.policy.max_waiting + max(self.info.max_num_seqs - num_running, 0)
-        if num_waiting + count > limit:
-            raise QueueFull(
-                f"{num_running} sequences are running and {num_waiting} are waiting; {count} more "
-                f"would make {num_waiting + count}, and the limit is {limit} now. Try again later."
-            )
+        self._submissions.check_room(
+            count, max_running=self.info.max_num_seqs, max_waiting=self.policy.max_waiting
+        )
 
     def submit(
         self,
@@ -282,9 +270,7 @@ class EngineClient:
             case "ready":
                 self._begin(wire.unpack_info(wire.field(message, "info", dict)))
             case "failed":
-                kinds = {"ConfigError": ConfigError, "CheckpointError": CheckpointError}
-                kind = kinds.get(wire.field(message, "kind", str), EngineDead)
-                self._failure = kind(wire.field(message, "text", str))
+                self._failure = wire.unpack_failure(message)
             case "fault":
                 assert self._link is not None
                 self._link.reason = wire.field(message, "text", str)

@@ -155,14 +155,14 @@ class SamplerRows:
                 try:
                     assert seq.constraint is not None
                     banned = _banned_ids(chunk, eos_token_ids)
-                    words = seq.constraint.words(seq.output_ids, banned)
+                    bitmask = seq.constraint.bitmask(seq.output_ids, banned)
                 except Exception:
                     traceback.print_exc()
                     failed.append(seq)
                     mask_rows.append(-1)
                     continue
                 mask_rows.append(len(masks))
-                masks.append(words)
+                masks.append(bitmask)
             mask_rows += [-1] * (len(rows) - len(chunks))
             arrays["masks"] = np.stack(masks)
             arrays["mask_rows"] = np.array(mask_rows, np.int32)

@@ -16,7 +16,8 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from operator import attrgetter
 
-from runtime.blocks import PagePool, Prefix, extend_key, root_key
+from runtime.blocks import PagePool
+from runtime.prefix_cache import PrefixCache
 from runtime.request import FinishReason, Sequence, SequenceStatus, TokenEvent, TokenLogprobs
 
 MAX_SCORED = 1024
@@ -101,8 +102,7 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.max_step_tokens = max_step_tokens
         self.eos_token_ids = frozenset(eos_token_ids)
-        self.model = model
-        self.prefix_cache = prefix_cache
+        self.prefix_cache = PrefixCache(self.pool, page_size, model) if prefix_cache else None
         self.max_preemptions = MAX_PREEMPTIONS
         self.num_preemptions = 0  # of all sequences so far
         self.waiting: list[Sequence] = []  # by priority, then by arrival
@@ -171,8 +171,9 @@ class Scheduler:
                     events.append(self._fail_not_finite(seq))
                     continue
                 events += _scored(chunk)
-            if chunk.end // self.page_size > seq.num_published:
-                self._publish(chunk)
+            # its pages may have been given back since
+            if self.prefix_cache is not None and chunk.num_preemptions == seq.num_preemptions:
+                self.prefix_cache.publish(seq, chunk.end)
             if token is None:
                 continue
             seq.num_pending -= 1
@@ -250,7 +251,7 @@ class Scheduler:
             seq = self.waiting[0]
             if seq.num_pending:
                 break  # it was preempted, and a token of it is still being drawn
-            cached = self._find_prefix(seq)
+            cached = [] if self.prefix_cache is None else self.prefix_cache.find(seq)
             num_cached = len(cached) * self.page_size
             num_tokens = self._part(seq.num_tokens - num_cached, budget)
             if num_tokens == 0 or not self._has_room(seq, cached):
@@ -354,44 +355,6 @@ class Scheduler:
             return True
         firm = [seq, *(one for one in self.running if one.num_preemptions >= self.max_preemptions)]
         return sum(self._pages_for(one.max_num_tokens) for one in firm) <= self.pool.num_pages
-
-    # -- the prefix cache ------------------------------------------------------------------
-
-    def _find_prefix(self, seq: Sequence) -> list[int]:
-        """The published pages that a sequence's tokens begin with.
-
-        Its last two tokens are computed in any case: one alone would run as a decode (`_part`).
-        So are those that tell the logprobs of the prompt: a page has none.
-        """
-        page_ids: list[int] = []
-        if self.prefix_cache:
-            limit = seq.num_tokens - 2
-            if seq.num_to_score:
-                limit = min(limit, seq.num_scored)
-            for index in range(limit // self.page_size):
-                page_id = self.pool.find(self._prefix(seq, index))
-                if page_id is None:
-                    break
-                page_ids.append(page_id)
-        return page_ids
-
-    def _publish(self, chunk: Chunk) -> None:
-        """Let the pages that a committed chunk filled be found, unless they were given back."""
-        seq = chunk.seq
-        if not self.prefix_cache or chunk.num_preemptions != seq.num_preemptions:
-            return
-        for index in range(seq.num_published, chunk.end // self.page_size):
-            self.pool.publish(seq.block_table[index], self._prefix(seq, index))
-            seq.num_published = index + 1
-
-    def _prefix(self, seq: Sequence, index: int) -> Prefix:
-        """Of the sequence's page ``index``, which is full of known tokens."""
-        while len(seq.prefixes) <= index:
-            start = len(seq.prefixes) * self.page_size
-            token_ids = seq.token_range(start, start + self.page_size)
-            parent = seq.prefixes[-1].key if start else root_key(self.model, seq.namespace)
-            seq.prefixes.append(extend_key(parent, token_ids))
-        return seq.prefixes[index]
 
     # -- the end ---------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from runtime import wire
-from runtime.errors import EngineDead, Quarantined
+from runtime.errors import EngineDead, Quarantined, QueueFull
 from runtime.generation import Generation
 from runtime.quarantine import Quarantine, prompt_digest
 from runtime.request import FinishReason
@@ -72,6 +72,19 @@ class Submissions:
     @property
     def engine_has_work(self) -> bool:
         return bool(self._sent or self._running or self._leaving)
+
+    def check_room(self, count: int, *, max_running: int, max_waiting: int) -> None:
+        """Raises `QueueFull` if ``count`` more would be too many.
+
+        Rows of the engine that are free are room too.
+        """
+        num_running, num_waiting = self.num_running, self.num_waiting
+        limit = max_waiting + max(max_running - num_running, 0)
+        if num_waiting + count > limit:
+            raise QueueFull(
+                f"{num_running} sequences are running and {num_waiting} are waiting; {count} more "
+                f"would make {num_waiting + count}, and the limit is {limit} now. Try again later."
+            )
 
     def add(self, submission: Submission) -> None:
         """Raises `Quarantined`."""

@@ -16,8 +16,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from runtime.control_tokens import THINK_END
 from runtime.request import FinishReason, SamplingParams
-from runtime.tokenizer import THINK_END, Tokenizer
+from runtime.tokenizer import Tokenizer
 from runtime.tool_calls import MARKERS, OPENERS, Parsed, ToolCallParser, ToolDelta
 
 Kind = Literal["reasoning", "content", "tool_call"]

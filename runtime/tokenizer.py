@@ -22,6 +22,7 @@ from typing import Any
 
 import tokenizers
 
+from runtime.chat_messages import num_chars, prepare_message, with_open_thought
 from runtime.chat_template import (
     RESERVED_VARIABLES,
     ChatRenderer,
@@ -35,7 +36,7 @@ from runtime.config import (
     one_line,
     read_json,
 )
-from runtime.control_tokens import ControlTokens, require_unicode
+from runtime.control_tokens import THINK_END, THINK_START, ControlTokens, require_unicode
 from runtime.errors import BadRequest, CheckpointError
 from runtime.grammar import GrammarVocabulary
 from runtime.token_bound import TokenBound
@@ -49,7 +50,6 @@ from runtime.tokenizer_files import (
 )
 from runtime.tool_prompts import ToolChat, ToolStyle
 
-THINK_START, THINK_END = "<think>", "</think>"
 INFILL_MARKERS = (
     ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),
     ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
@@ -84,10 +84,11 @@ class Tokenizer:
         """``add_bos`` None leaves it to the tokenizer's own post-processor."""
         self._backend = backend
         self._chat = None if chat is None else ToolChat(chat)
-        self.eos_token_ids = eos_token_ids
         added = backend.get_added_tokens_decoder()
         self.token_bytes = token_bytes(backend, {i: token.content for i, token in added.items()})
         self.num_tokens = len(self.token_bytes)
+        # what the tokenizer lacks is padding of the model's head and never drawn
+        self.eos_token_ids = frozenset(i for i in eos_token_ids if i < self.num_tokens)
         self._bound = TokenBound(backend, self.token_bytes)
         self._hidden_ids = frozenset(i for i, token in added.items() if _is_hidden(token))
         ids = {token.content: i for i, token in added.items()}
@@ -227,7 +228,7 @@ class Tokenizer:
         if continue_final_message:
             return self._encode_continued(messages, variables, thinking, max_model_len)
         prepared = self._prepare(messages)
-        if max_model_len is not None and _num_chars([prepared, variables]) > LONG_TEXT:
+        if max_model_len is not None and num_chars([prepared, variables]) > LONG_TEXT:
             # What the template drops, such as earlier thoughts, does not count.
             self._bound.check(self._render(prepared, variables), max_model_len)
         mark = _new_mark()
@@ -244,10 +245,10 @@ class Tokenizer:
         max_model_len: int | None,
     ) -> ChatPrompt:
         """A conversation whose last message the answer goes on with."""
-        *before, last = self._prepare([*messages[:-1], _with_open_thought(messages[-1])])
+        *before, last = self._prepare([*messages[:-1], with_open_thought(messages[-1])])
         text = last.get("content") or ""
         thought = (last.get("reasoning_content") or "") if thinking is not False else ""
-        if max_model_len is not None and _num_chars([before, last, variables]) > LONG_TEXT:
+        if max_model_len is not None and num_chars([before, last, variables]) > LONG_TEXT:
             self._bound.check(self._render([*before, last], variables) + thought, max_model_len)
         mark, end = _new_mark(), _new_mark()
         marked = partial(self._controls.marked, mark=mark)
@@ -346,22 +347,9 @@ class Tokenizer:
     # -- rendering -------------------------------------------------------------------------------
 
     def _prepare(self, messages: Sequence[Message]) -> list[Message]:
-        prepared = [self._prepare_message(message) for message in messages]
+        has_thoughts = self.think_end_id is not None
+        prepared = [prepare_message(message, has_thoughts=has_thoughts) for message in messages]
         return prepared if self._chat is None else self._chat.prepare(prepared)
-
-    def _prepare_message(self, message: Message) -> Message:
-        prepared = dict(message)
-        if prepared.get("role") == "developer":
-            prepared["role"] = "system"
-        content = prepared.get("content")
-        if not content:  # templates tell an answer from calls by this
-            prepared["content"] = None if prepared.get("tool_calls") else ""
-        has_thought = prepared.get("role") == "assistant" and self.think_end_id is not None
-        if has_thought and isinstance(content, str) and THINK_END in content:
-            thought, _, prepared["content"] = content.rpartition(THINK_END)
-            if not prepared.get("reasoning_content"):
-                prepared["reasoning_content"] = thought.lstrip().removeprefix(THINK_START).strip()
-        return prepared
 
     def _render(self, messages: list[Message], variables: dict[str, Any]) -> str:
         if self._chat is None:
@@ -387,33 +375,8 @@ def _new_mark() -> str:
     return f"\ue000{secrets.randbelow(10**19)}\ue000"
 
 
-def _with_open_thought(message: Message) -> Message:
-    """A message that is to be continued; a thought at its start that is not closed is no text."""
-    content = message.get("content")
-    if isinstance(content, str) and THINK_END not in content:
-        before, found, thought = content.partition(THINK_START)
-        if found and not before.strip():
-            return message | {"content": "", "reasoning_content": thought.lstrip("\n")}
-    return message
-
-
 def _give_back_memory() -> None:
     """Of glibc's threads: each would keep the 300 MB that a megabyte took to encode."""
     if sys.platform == "linux":
         with contextlib.suppress(AttributeError, OSError):  # another C library
             ctypes.CDLL(None).malloc_trim(0)
-
-
-def _num_chars(value: Any) -> int:
-    """Characters of all texts in ``value``, however deep."""
-    num_chars = 0
-    pending = [value]
-    while pending:
-        part = pending.pop()
-        if isinstance(part, str):
-            num_chars += len(part)
-        elif isinstance(part, Mapping):
-            pending += [*part.keys(), *part.values()]
-        elif isinstance(part, list | tuple):
-            pending += part
-    return num_chars

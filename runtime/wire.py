@@ -15,6 +15,7 @@ from dataclasses import asdict
 from typing import Any, TypeVar
 
 from runtime.engine_config import EngineInfo
+from runtime.errors import CheckpointError, ConfigError, EngineDead, FathomError
 from runtime.grammar import Grammar
 from runtime.request import FinishReason, SamplingParams, TokenEvent, TokenLogprobs
 
@@ -161,6 +162,13 @@ def unpack_events(rows: list[list[Any]]) -> list[TokenEvent]:
 
 def _logprobs(logprob: float, top: list[list[Any]]) -> TokenLogprobs:
     return TokenLogprobs(logprob, tuple((token_id, value) for token_id, value in top))
+
+
+def unpack_failure(message: Message) -> FathomError:
+    """Why an engine does not load; `EngineDead` for any other kind. Raises `WireError`."""
+    kinds = {kind.__name__: kind for kind in (ConfigError, CheckpointError)}
+    kind = kinds.get(field(message, "kind", str), EngineDead)
+    return kind(field(message, "text", str))
 
 
 def unpack_started(rows: list[list[Any]]) -> list[tuple[int, int]]:

@@ -217,7 +217,7 @@ SAMPLING: Rows = {
 HELLO = {"role": "user", "content": "hello"}
 FUNCTION = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 NAMED = {"type": "function", "function": {"name": "f"}}
-EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max", "ultra")
 
 CHAT: Rows = {
     **SAMPLING,
@@ -293,6 +293,7 @@ CHAT: Rows = {
         Case("valid", {"type": "enabled"}),
         Case("valid", {"type": "disabled"}),
         Case("valid", {"type": "auto"}),
+        Case("valid", {"type": "adaptive"}),
         Case("unknown", {"type": "on"}, VALUE, "thinking.type"),
         Case("no type", {}, MISSING, "thinking.type"),
         Case("bool for object", True, TYPE),

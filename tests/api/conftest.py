@@ -31,6 +31,14 @@ def base(state: ServerState) -> Iterator[str]:
         yield address
 
 
+@pytest.fixture(scope="module")
+def refusing(tokenizer: Tokenizer) -> Iterator[tuple[str, ScriptedEngine]]:
+    """One server for many requests that are refused, which leaves nothing of them behind."""
+    state = scripted_state(tokenizer)
+    with serve(state) as address:
+        yield address, engine_of(state)
+
+
 @pytest.fixture
 def client(base: str) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=base, api_key="none", max_retries=0, timeout=20) as client:

@@ -93,9 +93,10 @@ def test_stream_on_the_wire(base: str, engine: ScriptedEngine, include_usage: bo
     assert first == {
         "index": 0,
         "delta": {"role": "assistant", "content": ""},
+        "logprobs": None,
         "finish_reason": None,
     }
-    assert last == {"index": 0, "delta": {}, "finish_reason": "stop"}
+    assert last == {"index": 0, "delta": {}, "logprobs": None, "finish_reason": "stop"}
     keys = [tuple(choice["delta"]) for choice in middle]
     assert keys == sorted(keys, reverse=True), "the thought comes before the content"
     assert set(keys) == {("reasoning_content", "reasoning"), ("content",)}

@@ -152,7 +152,12 @@ TABLE: dict[str, tuple[list[Any], list[tuple[Any, str]]]] = {
         [(-1001, INT_LOW), (1001, INT_HIGH), *NOT_INTEGERS],
     ),
     "thinking": (
-        [{"type": "enabled", "budget_tokens": 9}, {"type": "disabled"}, {"type": "auto"}],
+        [
+            {"type": "enabled", "budget_tokens": 9},
+            {"type": "disabled"},
+            {"type": "auto"},
+            {"type": "adaptive"},
+        ],
         [({"type": "on"}, "invalid_value"), (True, TYPE), ("enabled", TYPE), ([], TYPE)],
     ),
     "enable_thinking": ([True, False], NOT_BOOLEANS),
@@ -161,7 +166,7 @@ TABLE: dict[str, tuple[list[Any], list[tuple[Any, str]]]] = {
         [({"enabled": 1}, TYPE), ({"effort": "some"}, "invalid_value"), ("high", TYPE)],
     ),
     "reasoning_effort": (
-        ["none", "minimal", "low", "medium", "high", "xhigh", "max"],
+        ["none", "minimal", "low", "medium", "high", "xhigh", "max", "ultra"],
         [("some", "invalid_value"), (1, "invalid_value")],
     ),
     "chat_template_kwargs": (

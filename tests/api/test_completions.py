@@ -297,10 +297,14 @@ def streamed(client: openai.OpenAI, **options: Any) -> tuple[list[dict[str, Any]
     return [choices[index] for index in sorted(choices)], usage
 
 
-@pytest.mark.parametrize("seed", range(12))
 def test_a_stream_adds_up_to_the_plain_answer(
-    client: openai.OpenAI, engine: ScriptedEngine, seed: int
+    client: openai.OpenAI, engine: ScriptedEngine
 ) -> None:
+    for seed in range(12):
+        adds_up(client, engine, seed)
+
+
+def adds_up(client: openai.OpenAI, engine: ScriptedEngine, seed: int) -> None:
     rng = random.Random(seed)
     say(engine, rng.choice(["Hello, 你好 🙂 and so on", "A\nB\nSTOP here", "🙂" * 5]))
     engine.batch = rng.choice([1, 3])
@@ -315,8 +319,8 @@ def test_a_stream_adds_up_to_the_plain_answer(
     }
     plain = client.completions.create(**options)
     choices, usage = streamed(client, **options)
-    assert choices == [choice.to_dict() for choice in plain.choices]
-    assert usage == plain.usage
+    assert choices == [choice.to_dict() for choice in plain.choices], options
+    assert usage == plain.usage, options
     assert engine.num_live == 0
 
 
@@ -350,8 +354,9 @@ def test_a_stream_adds_up_to_the_plain_answer(
     ids=lambda value: repr(value)[:30],
 )
 def test_prompts_that_are_refused(
-    base: str, engine: ScriptedEngine, prompt: object, code: str
+    refusing: tuple[str, ScriptedEngine], prompt: object, code: str
 ) -> None:
+    base, engine = refusing
     assert refusal(base, prompt=prompt) == ("prompt", code)
     assert engine.submitted == []
 
@@ -375,8 +380,12 @@ def test_prompts_that_are_refused(
     ],
     ids=lambda value: repr(value)[:40],
 )
-def test_fields_that_are_refused(base: str, body: dict[str, Any], error: tuple[str, str]) -> None:
+def test_fields_that_are_refused(
+    refusing: tuple[str, ScriptedEngine], body: dict[str, Any], error: tuple[str, str]
+) -> None:
+    base, engine = refusing
     assert refusal(base, **body) == error
+    assert engine.submitted == []
 
 
 def test_fields_of_other_clients_are_taken(base: str, engine: ScriptedEngine) -> None:

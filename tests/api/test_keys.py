@@ -666,10 +666,11 @@ def test_a_full_disk_behind_standard_output_is_one_line(
 @pytest.fixture
 def keyed(store: KeyStore, tokenizer: Tokenizer) -> Iterator[tuple[str, str, ScriptedEngine]]:
     """A server that wants a key: its address, a key, and the engine behind it."""
+    secret = store.create("tester")  # from now on the store is the server's: one thread at a time
     state = replace(scripted_state(tokenizer), keys=store)
     engine_of(state).say("welcome")
     with serve(state) as base:
-        yield base, store.create("tester"), engine_of(state)
+        yield base, secret, engine_of(state)
 
 
 Keyed = tuple[str, str, ScriptedEngine]

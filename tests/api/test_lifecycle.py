@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 from collections.abc import Iterator
@@ -170,10 +171,15 @@ def test_a_client_that_reads_nothing_does_not_hold_up_the_end(
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[KeyStore]:
-    home = tmp_path / "home"
-    store = KeyStore.open(home / "keys.db")
+    store = KeyStore.open(tmp_path / "home" / "keys.db")
     yield store
     store.close()
+
+
+def revoke(store: KeyStore, name: str) -> None:
+    """As another process does: a store is for one thread at a time, and the server has this one."""
+    with contextlib.closing(KeyStore.open(store.path)) as other:
+        other.revoke(name)
 
 
 def test_a_revoked_key_ends_its_running_answers_and_no_others(
@@ -186,7 +192,7 @@ def test_a_revoked_key_ends_its_running_answers_and_no_others(
     keys = [store.create("ann"), store.create("bob"), store.lend()]
     with serve(state) as base:
         ann, bob, lent = (Stream(base, key) for key in keys)
-        store.revoke("ann")
+        revoke(store, "ann")
         error = json.loads(ann.rest()[-1])["error"]
         assert error["code"] == "key_revoked"
         assert engine.aborted == [0]
@@ -199,11 +205,11 @@ def test_a_plain_answer_of_a_revoked_key_is_a_401(tokenizer: Tokenizer, store: K
     engine.first_token_seconds = 60
     secret = store.create("ann")
 
-    def revoke() -> None:
+    def revoke_later() -> None:
         wait_until(lambda: engine.num_live == 1)
-        store.revoke("ann")
+        revoke(store, "ann")
 
-    with serve(state) as base, in_background(revoke):
+    with serve(state) as base, in_background(revoke_later):
         response = post(base, HELLO, headers={"authorization": f"Bearer {secret}"})
     assert (response.status_code, response.json()["error"]["code"]) == (401, "key_revoked")
 

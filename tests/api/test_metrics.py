@@ -253,14 +253,15 @@ def test_timings_say_how_long_the_parts_took(base: str, slow: ScriptedEngine) ->
 def test_a_stream_has_timings_in_its_last_chunk(
     base: str, slow: ScriptedEngine, include_usage: bool
 ) -> None:
-    slow.first_token_seconds = 0
+    slow.first_token_seconds = slow.seconds_per_token = 0
     body = {**STREAM, "n": 2, "stream_options": {"include_usage": include_usage}}
     (timings,) = timings_of(post(base, {**body, "timings_per_token": True}).text)
     assert timings["predicted_n"] == 2 * len(slow.token_ids)
     assert timings_of(post(base, body).text) == []
 
 
-def test_a_header_asks_for_timings_too(base: str, slow: ScriptedEngine) -> None:
+def test_a_header_asks_for_timings_too(base: str, engine: ScriptedEngine) -> None:
+    engine.say("one two three")
     for value, asked in (("1", True), ("true", True), ("0", False), ("", False)):
         answer = post(base, HELLO, headers={"x-fathom-timings": value}).json()
         assert ("timings" in answer) == asked

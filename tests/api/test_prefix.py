@@ -72,8 +72,9 @@ def test_the_answer_goes_on_inside_a_thought(base: str, engine: ScriptedEngine) 
     ],
 )
 def test_what_cannot_be_continued(
-    base: str, engine: ScriptedEngine, body: dict[str, Any], param: str
+    refusing: tuple[str, ScriptedEngine], body: dict[str, Any], param: str
 ) -> None:
+    base, engine = refusing
     answer = post(base, body)
     assert answer.status_code == 400
     error = answer.json()["error"]

@@ -93,8 +93,10 @@ def test_what_is_empty_and_what_is_no_text(base: str, tokenizer: Tokenizer) -> N
     ],
     ids=lambda value: repr(value)[:40],
 )
-def test_refusals(base: str, path: str, body: dict[str, Any], param: str, code: str) -> None:
-    answer = call(base, path, **body)
+def test_refusals(
+    refusing: tuple[str, ScriptedEngine], path: str, body: dict[str, Any], param: str, code: str
+) -> None:
+    answer = call(refusing[0], path, **body)
     assert answer.status_code == (404 if code == "model_not_found" else 400), answer.text
     error = answer.json()["error"]
     assert (error["param"], error["code"]) == (param, code)

@@ -124,7 +124,7 @@ def test_calls_on_the_wire(taught: tuple[str, ScriptedEngine], family: str) -> N
     *data, done = sse_events(response.text)
     assert done == "[DONE]"
     deltas = [json.loads(item)["choices"][0] for item in data]
-    assert deltas[-1] == {"index": 0, "delta": {}, "finish_reason": "tool_calls"}
+    assert deltas[-1] == {"index": 0, "delta": {}, "logprobs": None, "finish_reason": "tool_calls"}
     parts = [part for one in deltas for part in one["delta"].get("tool_calls", [])]
     heads = [part for part in parts if "id" in part]
     assert [part["index"] for part in heads] == [0, 1]
@@ -355,8 +355,8 @@ class ObedientEngine(ScriptedEngine):
             if not output_ids and tokenizer.opens_thought(prompt_ids):
                 token_id = tokenizer.think_end_id or 0
             else:
-                words = constraint.words(output_ids)
-                bits = np.unpackbits(words.view(np.uint8), bitorder="little")
+                bitmask = constraint.bitmask(output_ids)
+                bits = np.unpackbits(bitmask.view(np.uint8), bitorder="little")
                 allowed = [i for i in np.flatnonzero(bits) if i != tokenizer.think_start_id]
                 token_id = int(rng.choice(allowed))
             output_ids.append(token_id)

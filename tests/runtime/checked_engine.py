@@ -11,6 +11,7 @@ import torch
 from runtime.blocks import PagePool
 from runtime.engine import Engine, make_scheduler
 from runtime.engine_config import EngineInfo
+from runtime.prefix_cache import PrefixCache
 from runtime.request import FinishReason, SamplingParams, Sequence, SequenceStatus, TokenEvent
 from runtime.scheduler import Plan
 from tests.runtime.canary import EOS, CanaryRunner, StepFault, StepFaults, solo
@@ -315,6 +316,7 @@ class CheckedEngine:
         scheduler = self.scheduler = make_scheduler(info)
         scheduler.max_preemptions = self.sizes.max_preemptions
         pool = scheduler.pool = self.make_pool()
+        scheduler.prefix_cache = PrefixCache(pool, sizes.page_size, info.model)
         self.runner = CanaryRunner(
             num_pages=sizes.num_pages,
             page_size=sizes.page_size,

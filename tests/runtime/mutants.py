@@ -168,22 +168,22 @@ MUTANTS = [
     ),
     Mutant(
         "a page that is not full is published",
-        "scheduler",
-        "for index in range(seq.num_published, chunk.end // self.page_size):",
-        "for index in range(seq.num_published, min(-(-chunk.end // self.page_size), "
-        "(seq.num_prompt + len(seq.output_ids)) // self.page_size)):",
+        "prefix_cache",
+        "for index in range(seq.num_published, end // self._page_size):",
+        "for index in range(seq.num_published, min(-(-end // self._page_size), "
+        "(seq.num_prompt + len(seq.output_ids)) // self._page_size)):",
     ),
     Mutant(
         "a hit covers the last token",
-        "scheduler",
+        "prefix_cache",
         "limit = seq.num_tokens - 2",
         "limit = seq.num_tokens",
     ),
     Mutant(
         "pages are published by a step planned before a preemption",
         "scheduler",
-        "chunk.num_preemptions != seq.num_preemptions",
-        "not seq.block_table",
+        "chunk.num_preemptions == seq.num_preemptions",
+        "seq.block_table",
     ),
     Mutant(
         "what was published before a preemption counts after it",
@@ -194,9 +194,9 @@ MUTANTS = [
     ),
     Mutant(
         "a sequence never hits",
-        "scheduler",
-        "                page_ids.append(page_id)",
-        "                break",
+        "prefix_cache",
+        "            page_ids.append(page_id)",
+        "            break",
     ),
     Mutant(
         "hits are not told",

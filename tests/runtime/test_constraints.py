@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import json
 import re
+import shutil
 from collections.abc import Sequence as Seq
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -289,7 +291,7 @@ def follow(tokenizer: Tokenizer, prompt_ids: Seq[int], params: SamplingParams) -
 
 
 def allowed(constraint: Constraint, output_ids: Seq[int], banned: Seq[int] = ()) -> set[int]:
-    words = constraint.words(output_ids, banned)
+    words = constraint.bitmask(output_ids, banned)
     return {i for i in range(32 * len(words)) if int(words[i // 32]) >> i % 32 & 1}
 
 
@@ -366,3 +368,27 @@ def test_a_sequence_that_no_token_can_follow_ends_alone() -> None:
         assert [e.token_id for e in events if e.seq_id == seq_id] == expected
     assert engine.stats()["num_sequences"] == 0
     engine.scheduler.check()
+
+
+def test_an_engine_is_ready_for_its_first_grammar(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine(TINY)
+    monkeypatch.delattr("llguidance.LLTokenizer")  # a second for a large vocabulary
+    params = SamplingParams(grammar=Grammar("regex", "[0-9]{3}"), temperature=0.0)
+    [completion] = engine.generate(["7 + 5 ="], params)
+    assert re.fullmatch("[0-9]{3}", completion.text)
+
+
+def test_end_tokens_that_the_tokenizer_lacks_are_no_end(tmp_path: Path) -> None:
+    """A head may have more rows than there are tokens, and a checkpoint may end on one of those."""
+    folder = tmp_path / "model"
+    shutil.copytree(TINY, folder)
+    config = json.loads((folder / "config.json").read_text())
+    num_tokens = Tokenizer.load(TINY).num_tokens
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": num_tokens + 1000}))
+    generation = folder / "generation_config.json"
+    end_id = min(Tokenizer.load(TINY).eos_token_ids)
+    generation.write_text(json.dumps({"eos_token_id": [end_id, num_tokens + 900]}))
+    tokenizer = Tokenizer.load(folder)
+    constraint = follow(tokenizer, [5], SamplingParams(grammar=Grammar("regex", "[0-9]")))
+    seven = tokenizer.encode_text("7")
+    assert allowed(constraint, seven) == {end_id}

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from runtime import Engine, FinishReason, SamplingParams, TokenEvent, wire
+from runtime import Engine, FinishReason, SamplingParams, TokenEvent, TokenLogprobs, wire
 from runtime.engine_process import MAX_SPOILT_STEPS, count_spoilt, serve_engine
 from tests.runtime import faulty_engine
 from tests.runtime.engines import TINY, make_engine
@@ -173,8 +173,9 @@ def test_steps_without_a_finite_row_add_up_until_one_has_some() -> None:
     bad = [TokenEvent(2, None, FinishReason.NOT_FINITE)]
     count = 0
     counts = []
-    for events in (bad, bad, [], good, bad, [], bad, bad):
+    scored = [TokenEvent(3, None, prompt_logprobs=(TokenLogprobs(-1.0, ()),))]
+    for events in (bad, bad, [], good, bad, [], bad, scored, bad, bad, bad):
         count = count_spoilt(events, count)
         counts.append(count)
-    assert counts == [1, 2, 2, 0, 1, 1, 2, 3]
+    assert counts == [1, 2, 2, 0, 1, 1, 2, 0, 1, 2, 3]
     assert counts[-1] == MAX_SPOILT_STEPS

@@ -31,6 +31,27 @@ def nested(depth: int) -> str:
     return '{"items":' * depth + "{}" + "}" * depth
 
 
+def together(*parts: dict[str, Any]) -> str:
+    return json.dumps({"allOf": parts})
+
+
+def record(count: int, **more: Any) -> str:
+    """An object of which nothing is required, so that any property may come next."""
+    return json.dumps({"properties": {f"p{i}": {"type": "string"} for i in range(count)}, **more})
+
+
+def in_turn(*parts: dict[str, Any], reference: str = "#/$defs/d", **more: str) -> str:
+    """Each part refers to the next, which holds too."""
+    definitions = {
+        f"d{i}": {"$anchor": f"d{i}", **part, "$ref": f"{reference}{i + 1}"}
+        for i, part in enumerate(parts)
+    }
+    last = {f"d{len(parts)}": {"$anchor": f"d{len(parts)}"}}
+    return json.dumps({"$ref": f"{reference}0", "$defs": definitions | last, **more})
+
+
+SEARCHES = [{"type": "string", "pattern": f"a{i}"} for i in range(60)]
+LARGE = [{"type": "integer", "multipleOf": prime} for prime in (9973, 9967, 9949)]
 RULES = "\n".join(f"r{i}: r{i + 1}" for i in range(MAX_LEVELS))
 REFUSED = [
     (Grammar("json_schema", '{"type": "strin"}'), "strin"),
@@ -60,6 +81,34 @@ REFUSED = [
     (Grammar("lark", f'start: r0\n{RULES}\nr{MAX_LEVELS}: "a"'), f"{MAX_LEVELS} levels"),
     (Grammar("lark", f"start: %json {chain(1000)}"), f"{MAX_LEVELS} levels"),
     (Grammar("lark", 'start: %json {"a": '), "embeds"),
+    # No thread that starts to compile one of these ever ends.
+    (Grammar("json_schema", together(*SEARCHES)), "patterns"),
+    (Grammar("json_schema", in_turn(*SEARCHES)), "patterns"),
+    (Grammar("json_schema", in_turn(*SEARCHES, reference="#/%24defs/d")), "#/%24defs"),
+    (Grammar("json_schema", in_turn(*SEARCHES, reference="#d")), "#d0"),
+    (
+        Grammar(
+            "json_schema",
+            in_turn(*SEARCHES, reference="http://x/y#/$defs/d", **{"$id": "http://x/y"}),
+        ),
+        "http://x/y",
+    ),
+    (
+        Grammar("json_schema", together({"$id": "http://x/z", "$ref": "#/$defs/d"}, {"$defs": {}})),
+        "",
+    ),
+    (Grammar("json_schema", together(*({"properties": {"x": s}} for s in SEARCHES))), "patterns"),
+    (Grammar("json_schema", together(*({"anyOf": [s, {}]} for s in SEARCHES))), "patterns"),
+    (Grammar("json_schema", together(*LARGE)), "multipleOf"),
+    (Grammar("json_schema", json.dumps({"items": {"anyOf": LARGE}})), "multipleOf"),
+    (Grammar("json_schema", together({"multipleOf": 1e-7}, {"multipleOf": 7.3})), "multipleOf"),
+    (Grammar("lark", f"start: %json {together(*SEARCHES)}"), "patterns"),
+    (Grammar("lark", "start: T\nT: " + " & ".join(f"/.*a{i}.*/" for i in range(60))), "&"),
+    # These take seconds, for which all sequences would wait, or fail at the second token.
+    (Grammar("regex", "a?" * 9000 + "a" * 9000), ""),
+    (Grammar("regex", "a{4294967295}"), "too many"),
+    (Grammar("lark", "start: " + '"a"? ' * 9000), ""),
+    (Grammar("lark", f"start: %json {record(999, type='object')}"), "max"),
 ]
 
 
@@ -83,6 +132,14 @@ def test_a_bad_format_is_one_line_that_says_why(
         Grammar("json_schema", "{}"),
         Grammar("json_schema", chain(100)),
         Grammar("json_schema", '{"type": "array", "minItems": 100000}'),
+        Grammar("json_schema", record(999)),
+        Grammar("json_schema", record(900, additionalProperties={"type": "integer"})),
+        Grammar("json_schema", json.dumps({"enum": [{"a": i} for i in range(2500)]})),
+        Grammar("json_schema", json.dumps({"anyOf": SEARCHES})),
+        Grammar("json_schema", together({"properties": {s["pattern"]: s for s in SEARCHES}}, {})),
+        Grammar("json_schema", json.dumps({"properties": dict(zip("abc", LARGE, strict=True))})),
+        Grammar("json_schema", together({"multipleOf": 0.01}, {"multipleOf": 0.05})),
+        Grammar("lark", 'start: "&&&&&&" | /&+&+&+&+/ // & & & & &'),
         Grammar("regex", ""),
         Grammar("regex", "(((x{1,1000}){1,1000}){1,1000})*"),
         Grammar(
@@ -155,6 +212,30 @@ def test_a_checkpoint_without_an_end_token_takes_no_format() -> None:
     vocabulary = GrammarVocabulary(TOKENS, control_ids=[], end_ids=[], encode=lambda text: [])
     with pytest.raises(BadRequest, match="end-of-sequence"):
         vocabulary.compile(Grammar("json_object"))
+
+
+def test_preparing_leaves_nothing_to_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    vocabulary = make_vocabulary()
+    vocabulary.prepare()
+    monkeypatch.delattr("llguidance.LLTokenizer")
+    assert allowed(vocabulary, Grammar("regex", "a(b|c)?")) == {1, 3}
+
+
+@pytest.mark.parametrize("end_ids", [[], [0]])
+def test_preparing_leaves_failures_to_the_grammar(
+    end_ids: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Panic(BaseException):
+        pass
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise Panic("vocabulary")
+
+    vocabulary = GrammarVocabulary(TOKENS, control_ids=[4], end_ids=end_ids, encode=lambda text: [])
+    monkeypatch.setattr("llguidance.LLTokenizer", fail)
+    vocabulary.prepare()
+    with pytest.raises(BadRequest):
+        vocabulary.compile(Grammar("regex", "ab"))
 
 
 def test_a_panic_of_the_library_is_a_bad_request() -> None:
