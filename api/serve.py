@@ -54,6 +54,8 @@ FIRST_KEY = "default"
 HERE = {"localhost": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
 """What to write in a URL on this machine for a host that is listened on."""
 MAX_DRAIN_SECONDS = 86_400.0
+STACK_BYTES = 16 << 20
+"""Of a thread; schemas are compiled in one. With `ulimit -s unlimited` it would have 2 MiB."""
 ENGINE_SECONDS = 0.3
 """How long a hurried end waits for the engine, which dies with this process anyway."""
 ORIGIN = re.compile(r"null|[a-z][a-z0-9+.-]*://[^/?#\s]*")
@@ -130,6 +132,7 @@ def serve_forever(config: EngineConfig, options: ServeOptions) -> None:
     """
     _reserve_standard_files()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core file would hold keys and prompts
+    threading.stack_size(STACK_BYTES)
     raise_file_limit()
     return_large_blocks()
     output = Output()

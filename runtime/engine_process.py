@@ -29,6 +29,8 @@ from runtime.request import FinishReason, Sequence, TokenEvent
 
 PROGRESS_SECONDS = 0.1
 BEAT_SECONDS = 1.0
+MESSAGES_SECONDS = 0.25
+"""How long messages may keep a step waiting: to compile a grammar takes up to a second."""
 MAX_SPOILT_STEPS = 3
 """So many steps in succession without a finite row, and it is not the requests that are bad."""
 GONE = (BrokenPipeError, ConnectionResetError)
@@ -90,11 +92,15 @@ def serve_engine(sock: socket.socket, load: Loader = Engine.from_checkpoint) -> 
     num_spoilt = 0
     while True:
         # With work at hand the socket is only glanced at; without, it is waited for.
+        waiting_since: float | None = None
         while select.select([sock], [], [], 0 if engine.has_work else None)[0]:
+            waiting_since = waiting_since or time.monotonic()
             message = wire.receive(sock)
             if message is None or message.get("type") == "stop":
                 return True
             _apply(engine, channel, message)
+            if engine.has_work and time.monotonic() - waiting_since > MESSAGES_SECONDS:
+                break
         try:
             events = engine.step()
             num_spoilt = count_spoilt(events, num_spoilt)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args
+from urllib.parse import unquote
 
 import llguidance
 import numpy as np
@@ -295,7 +296,7 @@ def _find(schema: Any, reference: str) -> Any:
     if start != "#":
         return None
     for step in steps:
-        name = step.replace("~1", "/").replace("~0", "~")
+        name = unquote(step).replace("~1", "/").replace("~0", "~")
         if not isinstance(schema, dict) or name not in schema:
             return None
         schema = schema[name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from api.app import ServerState
 from runtime import Grammar, Tokenizer
 from tests.api.scripted import TINY, engine_of, post, scripted_state, serve
+from tests.load.served import served
 
 HELLO: list[Any] = [{"role": "user", "content": "hello"}]
 SCHEMA = {"type": "object", "properties": {"ü": {"type": "integer"}}}
@@ -75,3 +77,25 @@ def test_a_thought_has_the_budget_that_was_asked_for(
 def test_loops_are_broken_if_asked(server: tuple[str, ServerState], name: str) -> None:
     assert not submitted(server, {name: False}).break_loops
     assert submitted(server, {name: True}).break_loops
+
+
+@pytest.mark.slow
+def test_a_deep_schema_ends_no_server_whatever_the_stacks_of_its_shell() -> None:
+    """With an unlimited stack the threads of a process get less of one than with 8 MiB."""
+    limits = resource.getrlimit(resource.RLIMIT_STACK)
+    if limits[1] != resource.RLIM_INFINITY:
+        pytest.skip("the stack cannot be unlimited here")
+    parts: dict[str, Any] = {
+        f"d{i}": {"type": "object", "properties": {"a": {"$ref": f"#/$defs/d{i + 1}"}}}
+        for i in range(240)
+    }
+    schema = {"$ref": "#/$defs/d0", "$defs": {**parts, "d240": {"type": "string"}}}
+    resource.setrlimit(resource.RLIMIT_STACK, (resource.RLIM_INFINITY, limits[1]))
+    try:
+        with served() as server:
+            described = {"type": "json_schema", "json_schema": {"schema": schema}}
+            answer = server.chat(response_format=described, max_tokens=1)
+            assert answer.status == 200 and answer.whole
+            assert server.is_ready()
+    finally:
+        resource.setrlimit(resource.RLIMIT_STACK, limits)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -103,6 +104,30 @@ def test_a_step_without_events_still_gives_a_sign_of_life(monkeypatch: pytest.Mo
         engine.add(0, 64, max_tokens=1, seed=Fault.SLOW)  # four steps, and a token from the last
         kinds = [message["type"] for message in engine.until("events")]
         assert kinds == ["started", "beat", "beat", "beat", "events"]
+
+
+def test_requests_that_take_long_to_queue_leave_time_for_steps() -> None:
+    """Each may bring a grammar that takes a second to compile; nobody waits for all of them."""
+
+    def load(config: object, progress: object) -> Engine:
+        engine = make_engine(TINY)
+        add = engine.add
+
+        def slow_add(*arguments: Any, **options: Any) -> int:
+            if engine.has_work:
+                time.sleep(0.3)
+            return add(*arguments, **options)
+
+        engine.add = slow_add  # type: ignore[method-assign]
+        return engine
+
+    with served(load) as engine:
+        engine.until("ready")
+        for seq_id in range(5):
+            engine.add(seq_id, max_tokens=20, ignore_eos=True)
+        started = [message for message in engine.until("events") if message["type"] == "started"]
+        assert len(started) == 1
+        assert len(started[0]["sequences"]) < 5, "the first token came before all were queued"
 
 
 def test_a_fault_of_a_step_is_told_and_ends_the_process() -> None:

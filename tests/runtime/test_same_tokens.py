@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kernels.linear import linear
-from runtime import scheduler
+from runtime import prefix_cache
 from runtime.blocks import Prefix
 from tests.runtime.engines import TINY
 from tests.runtime.same_tokens import (
@@ -90,7 +90,7 @@ def test_pages_of_another_prompt_are_seen(monkeypatch: pytest.MonkeyPatch) -> No
     def careless(parent: bytes, token_ids: Seq[int]) -> Prefix:
         return Prefix(parent + b"page", b"")  # whatever the tokens are
 
-    monkeypatch.setattr(scheduler, "extend_key", careless)
+    monkeypatch.setattr(prefix_cache, "extend_key", careless)
     assert differs(Trials("float32", max_new=FEW_NEW), range(12))
 
 
