@@ -11,10 +11,10 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from api.answer import Answer, Choice, Chunk
+from api.answer import Choice, Chunk
 from api.chat_answer import ChatChoice
 from api.containment import contained
-from api.generating import Admitted, check_choices, generate, note_unknown, submit, to_json
+from api.generating import Admitted, admit, check_choices, generate, note_unknown, to_json
 from api.response_format import grammar_of
 from api.running import RunningRequest
 from api.sampling_fields import unknown_fields
@@ -65,26 +65,23 @@ async def prepare(state: ServerState, body: dict[str, Any], running: RunningRequ
         prompt = await state.running.encode(
             running.key_id, chat.num_choices, state.limits.queue_seconds, encode
         )
-        running.check()
 
         def start(index: int, generation: GenerationLike, own: SamplingParams) -> Choice:
             parser = None if tools is None else tools.parser()
             assembler = TextAssembler(state.tokenizer, own, thinking=prompt.thinking, parser=parser)
             return ChatChoice(index, generation, assembler, state.tokenizer)
 
-        answer = Answer(
-            id=running.answer_id("chatcmpl"),
-            chunk_object="chat.completion.chunk",
+        return admit(
+            state,
+            chat,
+            running,
+            [prompt.token_ids],
+            params,
+            start,
             model=model,
-            system_fingerprint=state.system_fingerprint,
-            num_prompt_tokens=len(prompt.token_ids),
-            choices_per_prompt=chat.num_choices,
-            silence_seconds=state.limits.ping,
-            running=running,
-            choices=submit(state, chat, [prompt.token_ids], params, running.key_id, start),
+            id_prefix="chatcmpl",
+            chunk_object="chat.completion.chunk",
         )
-        running.submitted(answer.abort, len(prompt.token_ids))
-        return Admitted(answer, bool(chat.stream), chat.include_usage)
 
 
 def chosen_tools(state: ServerState, chat: ChatRequest) -> ToolUse | None:

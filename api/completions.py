@@ -9,14 +9,14 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from api.answer import Answer, Choice, Chunk
+from api.answer import Choice, Chunk
 from api.completion_fields import (
     CompletionRequest,
     completion_sampling,
     parse_completion,
 )
 from api.containment import contained
-from api.generating import Admitted, check_choices, generate, note_unknown, submit, to_json
+from api.generating import Admitted, admit, check_choices, generate, note_unknown, to_json
 from api.running import RunningRequest
 from api.sampling_fields import unknown_fields
 from api.state import GenerationLike, ServerState
@@ -49,7 +49,6 @@ async def prepare(state: ServerState, body: dict[str, Any], running: RunningRequ
             state.limits.queue_seconds,
             partial(encode_prompts, state, asked),
         )
-        running.check()
 
         def start(index: int, generation: GenerationLike, own: SamplingParams) -> Choice:
             return TextChoice(
@@ -62,21 +61,17 @@ async def prepare(state: ServerState, body: dict[str, Any], running: RunningRequ
                 is_empty=asked.max_new_tokens == 0,
             )
 
-        prompt_ids = [prompt.token_ids for prompt in prompts]
-        num_prompt_tokens = sum(map(len, prompt_ids))
-        answer = Answer(
-            id=running.answer_id("cmpl"),
-            chunk_object="text_completion",
+        return admit(
+            state,
+            asked,
+            running,
+            [prompt.token_ids for prompt in prompts],
+            params,
+            start,
             model=model,
-            system_fingerprint=state.system_fingerprint,
-            num_prompt_tokens=num_prompt_tokens,
-            choices_per_prompt=asked.num_choices,
-            silence_seconds=state.limits.ping,
-            running=running,
-            choices=submit(state, asked, prompt_ids, params, running.key_id, start),
+            id_prefix="cmpl",
+            chunk_object="text_completion",
         )
-        running.submitted(answer.abort, num_prompt_tokens)
-        return Admitted(answer, bool(asked.stream), asked.include_usage)
 
 
 def encode_prompts(state: ServerState, asked: CompletionRequest) -> list[Prompt]:

@@ -119,6 +119,40 @@ Start = Callable[[int, GenerationLike, SamplingParams], Choice]
 """Makes the choice of an index from its generation and its own parameters."""
 
 
+def admit(
+    state: ServerState,
+    request: SamplingFields,
+    running: RunningRequest,
+    prompts: Sequence[list[int]],
+    params: SamplingParams,
+    start: Start,
+    *,
+    model: str,
+    id_prefix: str,
+    chunk_object: str,
+) -> Admitted:
+    """Queue every choice of a request whose prompts are encoded, or none.
+
+    ``chunk_object`` is what a chunk of its stream calls itself. Raises what `EngineClient.submit`
+    raises, and what the request was ended with while it was encoded.
+    """
+    running.check()
+    num_prompt_tokens = sum(map(len, prompts))
+    answer = Answer(
+        id=running.answer_id(id_prefix),
+        chunk_object=chunk_object,
+        model=model,
+        system_fingerprint=state.system_fingerprint,
+        num_prompt_tokens=num_prompt_tokens,
+        choices_per_prompt=request.num_choices,
+        silence_seconds=state.limits.ping,
+        running=running,
+        choices=submit(state, request, prompts, params, running.key_id, start),
+    )
+    running.submitted(answer.abort, num_prompt_tokens)
+    return Admitted(answer, bool(request.stream), request.include_usage)
+
+
 def submit(
     state: ServerState,
     request: SamplingFields,

@@ -117,11 +117,7 @@ def limit_key(
     with closing(KeyStore.open()) as store:
         store.limit(name, limits)
     words = [_in_words(column, value) for column, value in limits.items()]
-    try:
-        text = f"{name}: {', '.join(words)}."
-        Console(soft_wrap=True).print(text, markup=False, highlight=False)
-    except OSError as error:
-        raise ConfigError(f"{name} is limited, but standard output took no text: {error}") from None
+    _say(f"{name}: {', '.join(words)}.", f"{name} is limited")
 
 
 @keys_app.command("usage")
@@ -159,10 +155,15 @@ def revoke_key(
     """Make a key invalid at once, also for running servers."""
     with closing(KeyStore.open()) as store:
         store.revoke(name)
+    _say(f"Revoked {name}.", f"{name} is revoked")
+
+
+def _say(text: str, done: str) -> None:
+    """Print one line. Raises `ConfigError` that says what is ``done`` all the same."""
     try:
-        Console(soft_wrap=True).print(f"Revoked {name}.", markup=False, highlight=False)
+        Console(soft_wrap=True).print(text, markup=False, highlight=False)
     except OSError as error:
-        raise ConfigError(f"{name} is revoked, but standard output took no text: {error}") from None
+        raise ConfigError(f"{done}, but standard output took no text: {error}") from None
 
 
 def table(entries: list[KeyEntry], now: float) -> Iterator[str]:

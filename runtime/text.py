@@ -129,6 +129,23 @@ def _failure_table(pattern: str) -> list[int]:
     return table
 
 
+class _PendingTokens:
+    """Tokens whose text is not shown yet, each with the place of its first character."""
+
+    def __init__(self) -> None:
+        self._tokens: deque[tuple[int, int]] = deque()  # (index, first character)
+
+    def add(self, index: int, first: int) -> None:
+        self._tokens.append((index, first))
+
+    def pop(self, end: int) -> tuple[int, ...]:
+        """The indices of those that begin before the character ``end``."""
+        indices = []
+        while self._tokens and self._tokens[0][1] < end:
+            indices.append(self._tokens.popleft()[0])
+        return tuple(indices)
+
+
 class _Section:
     """A run of text of one kind: matches stop strings and knows which token a character is of."""
 
@@ -136,19 +153,14 @@ class _Section:
         self.kind: Kind = kind
         self.matcher = StopMatcher(stops)
         self.matched: str | None = None
-        self._trim = trim  # newlines at its start are not part of it
+        self.trims = trim  # newlines at its start are not part of it
         self._num_fed = 0  # characters
         self._num_shown = 0
-        self._tokens: deque[tuple[int, int]] = deque()  # (index, first character), not yet shown
+        self._tokens = _PendingTokens()
 
     def feed(self, index: int, text: str) -> list[TextPiece]:
         """Add the text a token completes; "" for a token inside an unfinished character."""
-        if self._trim and text:
-            text = text.lstrip("\n")
-            if not text:
-                return []
-            self._trim = False
-        self._tokens.append((index, self._num_fed))
+        self._tokens.add(index, self._num_fed)
         self._num_fed += len(text)
         shown, self.matched = self.matcher.feed(text)
         return self._show(shown)
@@ -164,10 +176,7 @@ class _Section:
         if not text:
             return []
         self._num_shown += len(text)
-        indices = []
-        while self._tokens and self._tokens[0][1] < self._num_shown:
-            indices.append(self._tokens.popleft()[0])
-        return [TextPiece(self.kind, text, tuple(indices))]
+        return [TextPiece(self.kind, text, self._tokens.pop(self._num_shown))]
 
 
 class _ContentWithCalls:
@@ -182,17 +191,12 @@ class _ContentWithCalls:
         self.matcher = StopMatcher(stops)
         self.matched: str | None = None
         self._parser = parser
-        self._trim = trim
+        self.trims = trim
         self._num_shown = parser.num_chars  # of what the parser was fed
-        self._tokens: deque[tuple[int, int]] = deque()  # (index, first character), not yet shown
+        self._tokens = _PendingTokens()
 
     def feed(self, index: int, text: str) -> list[TextPiece]:
-        if self._trim and text:
-            text = text.lstrip("\n")
-            if not text:
-                return []
-            self._trim = False
-        self._tokens.append((index, self._parser.num_chars))
+        self._tokens.add(index, self._parser.num_chars)
         return self._take(self._parser.feed(text))
 
     def finish(self, rest: str) -> list[TextPiece]:
@@ -206,7 +210,7 @@ class _ContentWithCalls:
         for part in parsed:
             if part.call is not None:
                 pieces += self._show(self.matcher.flush())
-                pieces.append(TextPiece("tool_call", "", self._pop(part.end), part.call))
+                pieces.append(TextPiece("tool_call", "", self._tokens.pop(part.end), part.call))
                 continue
             if not self.matcher.holds:  # white space around a call is shown nowhere
                 self._num_shown = part.end - len(part.text)
@@ -220,13 +224,7 @@ class _ContentWithCalls:
         if not text:
             return []
         self._num_shown += len(text)
-        return [TextPiece(self.kind, text, self._pop(self._num_shown))]
-
-    def _pop(self, end: int) -> tuple[int, ...]:
-        indices = []
-        while self._tokens and self._tokens[0][1] < end:
-            indices.append(self._tokens.popleft()[0])
-        return tuple(indices)
+        return [TextPiece(self.kind, text, self._tokens.pop(self._num_shown))]
 
 
 class TextAssembler:
@@ -304,6 +302,11 @@ class TextAssembler:
 
     def _feed_text(self, index: int, text: str) -> list[TextPiece]:
         section = self._section
+        if section.trims and text:
+            text = text.lstrip("\n")
+            if not text:
+                return []
+            section.trims = False
         pieces = section.feed(index, text)
         if section.matched is None:
             return pieces

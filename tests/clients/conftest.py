@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import re
@@ -20,7 +19,6 @@ import pytest
 from tests.clients.environments import ALL, COMMAND, Environment
 
 ROOT = Path(__file__).resolve().parents[2]
-ENVIRONMENTS = ROOT / ".venv" / "clients"  # kept between runs, ignored by git
 SCRIPTS = Path(__file__).parent / "scripts"
 
 
@@ -70,25 +68,6 @@ def first_start(home: Path, *flags: str) -> Iterator[Served]:
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     with first_start(tmp_path_factory.mktemp("fathom-home")) as server:
         yield server
-
-
-def client_python(requirement: str) -> Path:
-    """The interpreter of an environment that holds this one requirement, made if it is not there.
-
-    Fails, with pip's words, if it cannot be made.
-    """
-    folder = ENVIRONMENTS / requirement.replace("==", "-")
-    python, stamp = folder / "bin" / "python", folder / ".installed"
-    ENVIRONMENTS.mkdir(parents=True, exist_ok=True)
-    with (ENVIRONMENTS / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # tests run in several processes
-        if not stamp.exists():
-            install = [python, "-m", "pip", "install", "--quiet", requirement]
-            for command in ([sys.executable, "-m", "venv", "--clear", folder], install):
-                result = subprocess.run(command, capture_output=True, text=True)
-                assert result.returncode == 0, f"{requirement}: {result.stderr}"
-            stamp.touch()
-    return python
 
 
 def environment(name: str) -> Environment:

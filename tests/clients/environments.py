@@ -85,6 +85,7 @@ ALL = {
     environment.name: environment
     for environment in (
         Environment("openai", pip=("openai==3.57.0",)),
+        Environment("openai-0.28", pip=("openai==0.28.1",)),
         Environment("langchain", pip=("langchain-openai==1.7.4",)),
         Environment("litellm", pip=("litellm==1.110.2",)),
         Environment("openai-node", npm=(NODE, "openai@7.57.0", "zod@4.6.7")),
@@ -93,9 +94,25 @@ ALL = {
             npm=(NODE, "ai@7.0.173", "@ai-sdk/openai-compatible@3.0.92", "zod@4.6.7"),
         ),
         Environment("browser", npm=(NODE, "playwright-core@1.65.1")),
+        Environment("schemathesis", pip=("schemathesis==4.32.5",)),
         Environment("open-webui", pip=("torch==2.13.0", "open-webui==0.12.4"), large=True),
     )
 }
+
+
+def find_chromium() -> str:
+    """The browser. Raises `InstallError` if there is none."""
+    return find_program("chromium", "chromium-browser", "google-chrome")
+
+
+def find_program(*names: str) -> str:
+    """The program of one of these names. Raises `InstallError`."""
+    for name in names:
+        if found := shutil.which(name):
+            return found
+    raise InstallError(
+        f"{' or '.join(names)} is not installed; on Debian: apt-get install chromium nodejs npm"
+    )
 
 
 def _run(command: list[str | Path], folder: Path = ROOT) -> None:

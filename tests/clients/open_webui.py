@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.clients.conftest import Served, first_start
-from tests.clients.environments import ALL, ENVIRONMENTS, InstallError
+from tests.clients.environments import ALL, ENVIRONMENTS, InstallError, find_chromium
 
 SCRIPT = Path(__file__).parent / "scripts" / "open_webui.mjs"
 SCREENSHOTS = ENVIRONMENTS / "screenshots"
@@ -39,14 +38,6 @@ SETTINGS = {
     "WEBUI_SECRET_KEY": "only for this run",
     "ANONYMIZED_TELEMETRY": "False",
 }
-
-
-def find_chromium() -> str:
-    """The browser. Raises `InstallError` if there is none."""
-    for name in ("chromium", "chromium-browser", "google-chrome"):
-        if found := shutil.which(name):
-            return found
-    raise InstallError("Chromium is not installed; on Debian: apt-get install chromium")
 
 
 @contextlib.contextmanager

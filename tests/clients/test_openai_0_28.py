@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from tests.clients.conftest import Served, client_python
+from tests.clients.conftest import Served
+from tests.clients.environments import ALL
 
 SETUP = """\
 import openai
@@ -78,7 +79,9 @@ print(json.dumps([
 
 @pytest.fixture(scope="module")
 def python() -> Path:
-    return client_python("openai==0.28.1")
+    client = ALL["openai-0.28"]
+    client.make()
+    return client.interpreter
 
 
 def run(python: Path, served: Served, script: str) -> str:

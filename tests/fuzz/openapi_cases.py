@@ -27,9 +27,10 @@ import httpx
 from api.keys import KeyStore
 from runtime import Tokenizer
 from tests.api.scripted import TINY, engine_of, scripted_state, serve
-from tests.clients.conftest import Served, client_python, first_start
+from tests.clients.conftest import Served, first_start
+from tests.clients.environments import ALL
 
-SCHEMATHESIS = "schemathesis==4.32.5"
+SCHEMATHESIS = ALL["schemathesis"]
 PHASES = "coverage,fuzzing"
 CHECKS = (
     "not_a_server_error",
@@ -77,8 +78,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=random.SystemRandom().getrandbits(63))
     parser.add_argument("--real", action="store_true", help="fathom serve and its embedded model")
     options = parser.parse_args()
-    python = client_python(SCHEMATHESIS)
-    print(f"{SCHEMATHESIS}, {options.cases} cases per operation, --seed {options.seed}", flush=True)
+    SCHEMATHESIS.make()
+    python, (package,) = SCHEMATHESIS.interpreter, SCHEMATHESIS.pip
+    print(f"{package}, {options.cases} cases per operation, --seed {options.seed}", flush=True)
     with tempfile.TemporaryDirectory(prefix="fathom-openapi-") as name:
         folder = Path(name)
         server = (

@@ -14,8 +14,9 @@ import pytest
 from api.app import ServerState
 from runtime import Tokenizer
 from tests.api.scripted import engine_of, scripted_state, serve, wait_until
+from tests.clients.environments import InstallError, find_chromium, find_program
 from tests.load.served import Served, served
-from tests.page.browser import NAMES, NoBrowser, find, modules, run_scenario
+from tests.page.browser import PLAYWRIGHT, run_scenario
 from tests.page.pictures import take_pictures
 
 pytestmark = pytest.mark.browser
@@ -28,10 +29,9 @@ MARKUP = f"{ATTACK}\n\n**<b>bold</b>** [link](javascript:window.hit=1)\n\n```htm
 def installed() -> None:
     """Fails in one line, before a server is started, if there is nothing to drive."""
     try:
-        find("node")
-        find(*NAMES)
-        modules()
-    except NoBrowser as error:
+        find_chromium()
+        PLAYWRIGHT.make()
+    except InstallError as error:
         pytest.fail(str(error), pytrace=False)
 
 
@@ -130,5 +130,5 @@ def test_the_pictures_are_taken_and_small(tmp_path: Path) -> None:
 
 
 def test_a_missing_browser_is_one_clear_line() -> None:
-    with pytest.raises(NoBrowser, match=r"^no-such-browser is not installed.*apt-get install"):
-        find("no-such-browser")
+    with pytest.raises(InstallError, match=r"^no-such-browser is not installed.*apt-get install"):
+        find_program("no-such-browser")
