@@ -21,7 +21,13 @@ from api.running import RunningRequest
 from api.sampling_fields import unknown_fields
 from api.state import GenerationLike, ServerState
 from api.text_answer import Prompt, TextChoice
-from runtime import BadRequest, ContextLengthExceeded, SamplingParams, TextAssembler
+from runtime import (
+    BadRequest,
+    ContextLengthExceeded,
+    SamplingParams,
+    TextAssembler,
+    check_token_ids,
+)
 
 
 async def completions(request: Request) -> Response:
@@ -90,7 +96,7 @@ def encode_prompt(state: ServerState, asked: CompletionRequest, given: str | lis
         )
         prompt = Prompt(token_ids, state.tokenizer.num_in_front(text, token_ids))
     else:
-        check_token_ids(state, given, "prompt")
+        check_token_ids(given, state.engine.info.vocab_size, "prompt")
         prompt = Prompt(given)
     if not prompt.token_ids:
         raise BadRequest("The prompt is empty.", param="prompt", code="invalid_value")
@@ -98,18 +104,6 @@ def encode_prompt(state: ServerState, asked: CompletionRequest, given: str | lis
     if num_tokens >= state.max_model_len:
         raise ContextLengthExceeded(num_tokens, state.max_model_len, param="prompt")
     return prompt
-
-
-def check_token_ids(state: ServerState, token_ids: list[int], param: str) -> None:
-    """Raises `BadRequest` for an id that the model has no token for."""
-    vocab_size = state.engine.info.vocab_size
-    for token_id in token_ids:
-        if not 0 <= token_id < vocab_size:
-            raise BadRequest(
-                f"token id {token_id} is outside the vocabulary of {vocab_size} tokens",
-                param=param,
-                code="invalid_value",
-            )
 
 
 async def fold(chunks: AsyncIterable[Chunk | None]) -> dict[str, Any]:

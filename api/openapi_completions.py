@@ -9,6 +9,7 @@ from api.openapi_parts import (
     COUNT,
     REFERENCE,
     TEXT,
+    TOKEN_ID,
     Schema,
     array_of,
     clean,
@@ -41,7 +42,7 @@ def completion_request_schemas(model_names: Sequence[str]) -> Schema:
     fields = request["properties"]
     limit_sampling(fields, model_names)
     texts = {"type": "string"}
-    ids = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+    ids = {"type": "array", "items": TOKEN_ID, "minItems": 1}
     several = {"type": "array", "minItems": 1, "maxItems": MAX_PROMPTS}
     fields["prompt"] = {"anyOf": [texts, several | {"items": texts}, ids, several | {"items": ids}]}
     for name, description in DESCRIPTIONS.items():
@@ -50,7 +51,7 @@ def completion_request_schemas(model_names: Sequence[str]) -> Schema:
     tokens = clean(DetokenizeRequest.model_json_schema())
     for schema in (text, tokens):
         schema["properties"]["model"] = {"enum": [*model_names, None]}
-    tokens["properties"]["tokens"]["items"] = {"type": "integer", "minimum": 0}
+    tokens["properties"]["tokens"]["items"] = TOKEN_ID
     text["anyOf"] = [
         {"properties": {name: {"type": "string"}}, "required": [name]}
         for name in ("prompt", "content")

@@ -32,6 +32,10 @@ PYDANTIC_LIMITS = {"ge": "minimum", "le": "maximum"}
 """Where a validator of our own comes first, pydantic leaves its limits under its own names."""
 
 
+TOKEN_ID: Schema = {"type": "integer", "minimum": 0, "maximum": INT64_MAX}
+"""Which ids there are depends on the model."""
+
+
 def limit_sampling(fields: Schema, model_names: Sequence[str]) -> None:
     """Add to the sampling fields of a request what is checked outside its model."""
     for name, limits in RANGES.items():
@@ -40,7 +44,7 @@ def limit_sampling(fields: Schema, model_names: Sequence[str]) -> None:
     text = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARS}
     texts = {"type": "array", "items": text, "maxItems": MAX_STOP_STRINGS}
     fields["stop"] = {"anyOf": [text, texts, {"type": "null"}]}
-    fields["stop_token_ids"]["anyOf"][0]["items"] = {"type": "integer", "minimum": 0}
+    fields["stop_token_ids"]["anyOf"][0]["items"] = TOKEN_ID
     fields["logit_bias"]["anyOf"][0] = {
         "type": "object",
         "propertyNames": {"pattern": "^[0-9]{1,9}$"},

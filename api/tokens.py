@@ -15,15 +15,14 @@ from starlette.responses import Response
 from starlette.types import Message
 
 from api.chat import chosen_tools, prompt_encoding
-from api.completions import check_token_ids
 from api.containment import contained
 from api.fields import FAIL_FAST, Body, Integer, parse
 from api.generating import to_json
 from api.guard import read_json
-from api.schemas import parse_chat
+from api.schemas import chat_sampling, parse_chat
 from api.sse import while_connected
 from api.state import ServerState
-from runtime import BadRequest, Tokenizer
+from runtime import BadRequest, Tokenizer, check_params, check_token_ids
 
 MAX_TOKENS = 1 << 17
 
@@ -64,6 +63,8 @@ def tokenizing(state: ServerState, body: dict[str, Any]) -> Work:
     if body.get("messages") is not None:
         chat = parse_chat(body)
         state.check_model(chat.model)
+        # refuse what the chat route would
+        check_params(chat_sampling(chat, state.defaults), state.engine.info.vocab_size)
         encode = prompt_encoding(state, chat, chosen_tools(state, chat))
         return lambda: _counted(state, encode().token_ids)
     asked = parse(TokenizeRequest, body)
@@ -94,7 +95,7 @@ def detokenizing(state: ServerState, body: dict[str, Any]) -> Work:
     state.check_model(asked.model)
 
     def work() -> dict[str, Any]:
-        check_token_ids(state, asked.tokens, "tokens")
+        check_token_ids(asked.tokens, state.engine.info.vocab_size, "tokens")
         token_bytes = state.tokenizer.token_bytes
         text = b"".join(token_bytes[token_id] for token_id in asked.tokens).decode(errors="replace")
         return {"prompt": text, "content": text}

@@ -1,5 +1,6 @@
 """Fathom's runtime: weights, cache, scheduler and decode loop. This is its public face."""
 
+from runtime.admission import check_params, check_token_ids
 from runtime.config import GenerationDefaults
 from runtime.engine import Completion, Engine
 from runtime.engine_config import EngineConfig, EngineInfo
@@ -93,6 +94,8 @@ __all__ = [
     "ToolStyle",
     "calls_grammar",
     "check_grammar",
+    "check_params",
+    "check_token_ids",
     "context_left",
     "describe_model",
     "find_checkpoint",

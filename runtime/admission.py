@@ -38,18 +38,8 @@ def admit(
         raise BadRequest("the prompt is empty", param="messages", code="invalid_value")
     if len(prompt_ids) >= info.max_model_len:
         raise ContextLengthExceeded(len(prompt_ids), info.max_model_len)
-    for name, token_ids in (
-        ("messages", prompt_ids),
-        ("stop_token_ids", params.stop_token_ids),
-        ("logit_bias", tuple(token_id for token_id, _ in params.logit_bias)),
-    ):
-        if token_ids and not (min(token_ids) >= 0 and max(token_ids) < info.vocab_size):
-            bad = next(i for i in token_ids if not 0 <= i < info.vocab_size)
-            raise BadRequest(
-                f"token id {bad} is outside the vocabulary of {info.vocab_size} tokens",
-                param=name,
-                code="invalid_value",
-            )
+    check_token_ids(prompt_ids, info.vocab_size, "messages")
+    check_params(params, info.vocab_size)
     room = info.max_model_len - len(prompt_ids)
     return Sequence(
         seq_id=seq_id,
@@ -60,3 +50,21 @@ def admit(
         namespace=namespace,
         priority=priority,
     )
+
+
+def check_params(params: SamplingParams, vocab_size: int) -> None:
+    """Raises `BadRequest` for an id in ``params`` that the model has no token for."""
+    check_token_ids(params.stop_token_ids, vocab_size, "stop_token_ids")
+    biased = tuple(token_id for token_id, _ in params.logit_bias)
+    check_token_ids(biased, vocab_size, "logit_bias")
+
+
+def check_token_ids(token_ids: Seq[int], vocab_size: int, param: str) -> None:
+    """Raises `BadRequest` for an id that the model has no token for."""
+    if token_ids and not (min(token_ids) >= 0 and max(token_ids) < vocab_size):
+        bad = next(i for i in token_ids if not 0 <= i < vocab_size)
+        raise BadRequest(
+            f"token id {bad} is outside the vocabulary of {vocab_size} tokens",
+            param=param,
+            code="invalid_value",
+        )

@@ -25,6 +25,7 @@ from typing import Any
 import httpx
 
 from api.keys import KeyStore
+from api.limits import Limits
 from runtime import Tokenizer
 from tests.api.scripted import TINY, engine_of, scripted_state, serve
 from tests.clients.conftest import Served, first_start
@@ -84,7 +85,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="fathom-openapi-") as name:
         folder = Path(name)
         server = (
-            first_start(folder, "--max-model-len", "512")
+            first_start(folder, "--max-model-len", "512", "--limit", "failed-keys=100000")
             if options.real
             else scripted_server(folder)
         )
@@ -104,7 +105,9 @@ def main() -> int:
 def scripted_server(folder: Path) -> Iterator[Served]:
     """The application with a scripted engine that answers shortly, and a key."""
     keys = KeyStore.open(folder / "home" / "keys.sqlite")
-    state = replace(scripted_state(Tokenizer.load(TINY)), keys=keys)
+    # every operation is asked with wrong keys, more often than an address may in a minute
+    limits = Limits(failed_keys=100_000)
+    state = replace(scripted_state(Tokenizer.load(TINY)), keys=keys, limits=limits)
     engine_of(state).say("Hello, 你好 🙂")
     with serve(state) as base:
         yield Served(base, keys.create("fuzz"))
