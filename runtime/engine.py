@@ -133,8 +133,10 @@ class Engine:
         prepare = tokenizer.grammar_vocabulary.prepare
         preparing = threading.Thread(target=prepare, name="grammars", daemon=True)
         preparing.start()
-        load_weights(checkpoint, model, progress or (lambda done, total: None))
-        preparing.join()
+        try:
+            load_weights(checkpoint, model, progress or (lambda done, total: None))
+        finally:
+            preparing.join()  # Python's end can crash beside a thread that still computes
         info = EngineInfo(
             model=str(config.model),
             architecture=checkpoint.architecture,

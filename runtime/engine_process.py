@@ -182,20 +182,24 @@ def _apply(engine: Engine, channel: Channel, message: wire.Message) -> None:
 
 
 def main(argv: list[str] | None = None, load: Loader = Engine.from_checkpoint) -> None:
-    """Serve on the socket that the server passed on. Ends with code 1 after a fault."""
+    """Serve on the socket that the server passed on, and end this process: with 1 after a fault.
+
+    Not by way of Python's own end, which a broken device may hold up and a native thread may crash.
+    """
     parser = argparse.ArgumentParser(prog="python -m runtime")
     parser.add_argument("--fd", type=int, required=True, help="socket inherited from the server")
     parser.add_argument("--parent", type=int, required=True, help="process id of the server")
     arguments: Any = parser.parse_args(argv)
+    code = 0
     with (
         contextlib.suppress(*GONE),
         socket.socket(fileno=arguments.fd) as sock,
     ):
         try:
-            if serve_engine(sock, load):
-                return
+            code = 0 if serve_engine(sock, load) else 1
         except wire.WireError as error:
             print(f"fathom: the engine process ends: {error}", file=sys.stderr)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)  # a broken device may hang while it is put away
+            code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
