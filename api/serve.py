@@ -33,7 +33,7 @@ from api.keys import KeyStore
 from api.ledger import Ledger, ledger_path
 from api.limits import Limits
 from api.listen import cannot_listen, is_loopback, listening_on, tls_context
-from api.memory import return_large_blocks
+from api.memory import keep_giving_back, return_large_blocks
 from api.output import Output, logging_to
 from api.running import Running
 from api.server import Server
@@ -151,7 +151,11 @@ def serve_forever(config: EngineConfig, options: ServeOptions) -> None:
         config.resolve_device()
         checkpoint = inspect_checkpoint(find_checkpoint(config.model))
         service = Service(config, options, listener, tls, store, ledger, checkpoint, output)
-        asyncio.run(service.run())
+        try:
+            asyncio.run(service.run())
+        except BaseException:
+            service.finish_preparing()
+            raise
     # Not by way of Python's own end: it would wait for a blocked output and for prompts that are
     # being encoded.
     os._exit(0)
@@ -214,6 +218,7 @@ class Service:
             serving = asyncio.create_task(server.serve(sockets=[self.listener]))
             loading = asyncio.create_task(self.engine.start())
             watching = asyncio.create_task(self._watch_keys())
+            giving_back = asyncio.create_task(keep_giving_back())
             self.output.put(self.bar.start)
             try:
                 await asyncio.wait((serving, loading), return_when=asyncio.FIRST_COMPLETED)
@@ -226,10 +231,12 @@ class Service:
                     server.stop()
                 loading.cancel()
                 watching.cancel()
+                giving_back.cancel()
                 patience = ENGINE_SECONDS if server.hurried else None
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self.engine.stop(), patience)
-                await asyncio.gather(serving, loading, watching, return_exceptions=True)
+                tasks = (serving, loading, watching, giving_back)
+                await asyncio.gather(*tasks, return_exceptions=True)
 
     def _server(self) -> Server:
         config = uvicorn.Config(
@@ -259,6 +266,11 @@ class Service:
             self.preparing = threading.Thread(target=prepare, name="grammars", daemon=True)
             self.preparing.start()
         self.output.put(lambda: self.bar.update(done, total))
+
+    def finish_preparing(self) -> None:
+        """Python's own end can crash beside a thread that still computes."""
+        if self.preparing is not None:
+            self.preparing.join()
 
     def _announce(self, info: EngineInfo, seconds: float) -> None:
         text = banner(self.options, self.listener.getsockname(), self.store)
