@@ -10,7 +10,7 @@ import sys
 M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # mallopt(3)
 LARGE_BYTES = 256 << 10
 MAX_ARENAS = 2
-GIVE_BACK_SECONDS = 30.0
+GIVE_BACK_SECONDS = 10.0
 
 
 def return_large_blocks() -> None:

@@ -5,9 +5,10 @@
 Load: streamed and plain chats, clients that leave, invalid and huge requests, slow readers. A
 canary, one fixed greedy request every ten seconds, must get the same text each time it is answered
 at all. Each minute brings a fault: some end one request, some replace the engine. Every minute
-memory (RssAnon + VmSwap), files and threads of both processes are read while nothing runs; in the
-second half they must be flat. An engine that was replaced began anew, so its growth is only judged
-with ``--keep-engine``, which leaves the faults that replace it out.
+memory (RssAnon + VmSwap), files and threads of both processes are read when nothing has run for as
+long as the server takes to give memory back; in the second half they must be flat. An engine that
+was replaced began anew, so its growth is only judged with ``--keep-engine``, which leaves the
+faults that replace it out.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from api.memory import GIVE_BACK_SECONDS
 from tests.faults.bench import ENDLESS, chat_with, code_of
 from tests.faults.engine import Fault, Spoil
 from tests.load.client import Address, ask, connect
@@ -77,7 +79,7 @@ class Soak:
             minute += 1
             await asyncio.sleep(max(started + 60 * minute - 25 - time.monotonic(), 0))
             await self.strike(minute)
-            await asyncio.sleep(max(started + 60 * minute - 6 - time.monotonic(), 0))
+            await asyncio.sleep(max(started + 60 * minute - 16 - time.monotonic(), 0))
             await self.rest(minute)
         await asyncio.gather(*clients, canary)
 
@@ -170,6 +172,7 @@ class Soak:
             await asyncio.sleep(0.1)
         else:
             self.outcomes["NEVER IDLE"] += 1
+        await asyncio.sleep(GIVE_BACK_SECONDS + 1)  # what is left then is held
         engine = self.server.engine_pid
         for name, pid in (("server", self.server.process.pid), ("engine", engine)):
             if pid is not None:
