@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import gc
 import sys
 
 M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # mallopt(3)
@@ -24,13 +25,19 @@ def return_large_blocks() -> None:
 
 
 async def keep_giving_back(seconds: float = GIVE_BACK_SECONDS) -> None:
-    """Return the free pages between small blocks, too, every ``seconds``, until cancelled.
+    """Return what lies free between small blocks, too, every ``seconds``, until cancelled.
 
+    Garbage in cycles is collected first; Python would wait for a quarter more of all there is.
     Takes 5 ms of another thread for 100 MB that requests have left, nothing if they left none.
     """
     while True:
         await asyncio.sleep(seconds)
-        await asyncio.to_thread(_glibc, "malloc_trim", 0)
+        await asyncio.to_thread(_give_back)
+
+
+def _give_back() -> None:
+    gc.collect()
+    _glibc("malloc_trim", 0)
 
 
 def _glibc(function: str, *arguments: int) -> None:
