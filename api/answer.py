@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import enum
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -32,6 +33,13 @@ FAILURES = (FinishReason.ABORT, FinishReason.ERROR, FinishReason.NOT_FINITE)
 Chunk = dict[str, Any]
 Part = dict[str, Any]
 """An item of a chunk's ``choices``: what the chunk says of one choice."""
+
+
+class Pause(enum.Enum):
+    """Between the chunks of an answer: for now there are no more."""
+
+    WAIT = "the next ones follow when the engine has drawn more"
+    SILENCE = "none came for as long as a client should hear nothing"
 
 
 @dataclass(slots=True)
@@ -124,11 +132,11 @@ class Answer:
     def num_completion_tokens(self) -> int:
         return sum(choice.assembler.num_tokens for choice in self.choices)
 
-    async def chunks(self, *, include_usage: bool) -> AsyncGenerator[Chunk | None]:
+    async def chunks(self, *, include_usage: bool) -> AsyncGenerator[Chunk | Pause]:
         """The answer in OpenAI's order: openings, what grows, finish reasons, usage if asked for.
 
-        None stands for `silence_seconds` in which nothing came. Raises `RequestError` if the engine
-        fails or the request is ended from outside.
+        Whoever writes them can write at once what comes between two pauses. Raises `RequestError`
+        if the engine fails or the request is ended from outside.
         """
         for choice in self.choices:
             for part in choice.opening():
@@ -136,24 +144,30 @@ class Answer:
         arriving = arrivals(self.choices, self.running, self.silence_seconds)
         async with aclosing(arriving):
             async for arrival in arriving:
-                if arrival is None:
-                    yield None
+                if isinstance(arrival, Pause):
+                    yield arrival
                     continue
-                choice, token_events = arrival
-                if choice.finish_reason is not None:
-                    continue  # it ended on a stop string; this is the echo of our abort
-                parts = choice.grow(token_events)
-                self._note_progress(choice)
-                for part in parts:
-                    yield self._chunk(part, include_usage)
-                if choice.finish_reason is not None:
-                    chunk = self._chunk(choice.closing(), include_usage)
-                    if not include_usage and all(each.finish_reason for each in self.choices):
-                        chunk |= self._timings_if_wanted()
+                for chunk in self._grow(*arrival, include_usage):
                     yield chunk
         if include_usage:
             end = {"choices": [], "usage": self._usage()}
             yield {**self._head(), **end, **self._timings_if_wanted()}
+
+    def _grow(
+        self, choice: Choice, token_events: list[TokenEvent], include_usage: bool
+    ) -> Iterator[Chunk]:
+        """What new events say of one choice."""
+        if choice.finish_reason is not None:
+            return  # it ended on a stop string; this is the echo of our abort
+        parts = choice.grow(token_events)
+        self._note_progress(choice)
+        for part in parts:
+            yield self._chunk(part, include_usage)
+        if choice.finish_reason is not None:
+            chunk = self._chunk(choice.closing(), include_usage)
+            if not include_usage and all(each.finish_reason for each in self.choices):
+                chunk |= self._timings_if_wanted()
+            yield chunk
 
     def _head(self) -> Chunk:
         return {
@@ -206,37 +220,66 @@ def finite(logprob: float) -> float:
     return max(logprob, LOWEST_LOGPROB)
 
 
+class Silence:
+    """Whether nothing happened for ``seconds`` since `restart`, and a call of ``tell`` once so.
+
+    A restart only notes the time, and the one timer looks at it: to move a timer for every token
+    would cost as much as the token's text.
+    """
+
+    def __init__(self, seconds: float, tell: Callable[[], None]) -> None:
+        self.is_over = False
+        self._seconds = seconds
+        self._tell = tell
+        self._loop = asyncio.get_running_loop()
+        self._since = self._loop.time()
+        self._timer = self._loop.call_later(seconds, self._look)
+
+    def restart(self) -> None:
+        self.is_over = False
+        self._since = self._loop.time()
+
+    def cancel(self) -> None:
+        self._timer.cancel()
+
+    def _look(self) -> None:
+        now = self._loop.time()
+        end = self._since + self._seconds
+        if now >= end:
+            self.is_over = True
+            self._tell()
+            end = now + self._seconds
+        self._timer = self._loop.call_at(end, self._look)
+
+
 async def arrivals(
     choices: Sequence[Choice], running: RunningRequest, silence_seconds: float
-) -> AsyncGenerator[tuple[Choice, list[TokenEvent]] | None]:
-    """What the choices' generations yield, as it comes; None for each period of silence.
+) -> AsyncGenerator[tuple[Choice, list[TokenEvent]] | Pause]:
+    """What the choices' generations bring, as it comes, and the pauses between.
 
-    Raises the error that ends the request from outside.
+    However many choices bring something at once, there is one wake-up for all, and no task or timer
+    for any. Raises the error that ends the request from outside.
     """
-    waiting = {asyncio.ensure_future(_next(choice.generation)): choice for choice in choices}
+    arrived = asyncio.Event()
+    for choice in choices:
+        choice.generation.announce(arrived)
+    silence = Silence(silence_seconds, arrived.set)
+    unfinished = list(choices)
     try:
-        while waiting:
-            futures: list[asyncio.Future[Any]] = [*waiting, running.ended]
-            await asyncio.wait(
-                futures, timeout=silence_seconds, return_when=asyncio.FIRST_COMPLETED
-            )
-            running.check()
-            done = [task for task in waiting if task.done()]
-            if not done:
-                yield None
-            for task in done:
-                choice, token_events = waiting.pop(task), task.result()
-                if token_events is not None:
-                    waiting[asyncio.ensure_future(_next(choice.generation))] = choice
+        while True:
+            running.check()  # whoever ends the request aborts its generations, which wakes us
+            for choice in unfinished:
+                if token_events := choice.generation.take():
                     yield choice, token_events
+            unfinished = [choice for choice in unfinished if not choice.generation.finished]
+            if not unfinished:
+                return
+            yield Pause.SILENCE if silence.is_over else Pause.WAIT
+            silence.restart()
+            await arrived.wait()
+            arrived.clear()
     finally:
-        for task in waiting:
-            task.cancel()
-        await asyncio.gather(*waiting, return_exceptions=True)
-
-
-async def _next(generation: GenerationLike) -> list[TokenEvent] | None:
-    return await anext(generation, None)
+        silence.cancel()
 
 
 def _append(pieces: list[TextPiece], piece: TextPiece) -> None:

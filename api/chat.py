@@ -11,7 +11,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from api.answer import Choice, Chunk
+from api.answer import Choice, Chunk, Pause
 from api.chat_answer import ChatChoice
 from api.containment import contained
 from api.generating import Admitted, admit, check_choices, generate, note_unknown, to_json
@@ -137,13 +137,13 @@ def prompt_encoding(
     return checked
 
 
-async def fold(chunks: AsyncIterable[Chunk | None]) -> dict[str, Any]:
+async def fold(chunks: AsyncIterable[Chunk | Pause]) -> dict[str, Any]:
     """The one answer that the chunks of a stream add up to."""
     head: Chunk = {}
     usage: dict[str, Any] | None = None
     choices: dict[int, dict[str, Any]] = {}
     async for chunk in chunks:
-        if chunk is None:
+        if isinstance(chunk, Pause):
             continue
         head, usage = chunk, chunk["usage"]
         for part in chunk["choices"]:

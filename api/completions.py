@@ -9,7 +9,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from api.answer import Choice, Chunk
+from api.answer import Choice, Chunk, Pause
 from api.completion_fields import (
     CompletionRequest,
     completion_sampling,
@@ -106,13 +106,13 @@ def encode_prompt(state: ServerState, asked: CompletionRequest, given: str | lis
     return prompt
 
 
-async def fold(chunks: AsyncIterable[Chunk | None]) -> dict[str, Any]:
+async def fold(chunks: AsyncIterable[Chunk | Pause]) -> dict[str, Any]:
     """The one answer that the chunks of a stream add up to."""
     head: Chunk = {}
     texts: dict[int, list[str]] = {}
     choices: dict[int, dict[str, Any]] = {}
     async for chunk in chunks:
-        if chunk is None:
+        if isinstance(chunk, Pause):
             continue
         head = chunk
         for part in chunk["choices"]:

@@ -6,7 +6,6 @@ folded from the very same chunks, so the two cannot drift apart.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
 from contextlib import aclosing
@@ -17,13 +16,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Message
 
-from api.answer import Answer, Choice, Chunk
+from api.answer import Answer, Choice, Chunk, Pause
 from api.containment import contained
 from api.errors import envelope, shorten
 from api.guard import read_json
 from api.running import RunningRequest
 from api.sampling_fields import SamplingFields, cache_namespace
-from api.sse import DONE, KEEP_ALIVE, EventStream, frame, while_connected
+from api.sse import DONE, KEEP_ALIVE, EventStream, encode_json, frame, while_connected
 from api.state import GenerationLike, ServerState
 from runtime import INT64_MAX, BadRequest, RequestError, SamplingParams
 
@@ -31,7 +30,7 @@ MAX_UNKNOWN_FIELDS = 256
 
 logger = logging.getLogger("fathom.api")
 
-Chunks = AsyncGenerator[Chunk | None]
+Chunks = AsyncGenerator[Chunk | Pause]
 Fold = Callable[[Chunks], Coroutine[Any, Any, dict[str, Any]]]
 
 
@@ -187,17 +186,28 @@ def submit(
 
 
 async def events(chunks: Chunks, running: RunningRequest) -> AsyncGenerator[bytes]:
-    """Chunks as server-sent events. A failure is an event of its own, and then no ``[DONE]``."""
+    """Chunks as server-sent events, together what comes between two pauses.
+
+    A failure is an event of its own, and then no ``[DONE]``.
+    """
+    frames: list[bytes] = []
     try:
         with contained(running.id):
             async with aclosing(chunks):
                 async for chunk in chunks:
-                    yield KEEP_ALIVE if chunk is None else frame(chunk)
-            yield DONE
+                    if not isinstance(chunk, Pause):
+                        frames.append(frame(chunk))
+                    elif frames:
+                        yield b"".join(frames)
+                        frames.clear()
+                    elif chunk is Pause.SILENCE:
+                        yield KEEP_ALIVE
+        frames.append(DONE)
     except RequestError as failure:
         answer = envelope(failure)
         running.record.outcome = answer["error"]["code"]
-        yield frame(answer)
+        frames.append(frame(answer))
+    yield b"".join(frames)
 
 
 async def _folded(chunks: Chunks, fold: Fold, running: RunningRequest) -> bytes:
@@ -212,7 +222,7 @@ class Json(str):
 
 
 def to_json(value: Any) -> Json:
-    return Json(json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")))
+    return Json(encode_json(value))
 
 
 def json_pieces(value: Any) -> Iterator[str]:

@@ -22,14 +22,17 @@ HEADERS = {
 }
 
 
+encode_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+"""Made once, as `json.dumps` would make an encoder for every token."""
+
+
 class ClientGone(Exception):
     """The client closed its connection before the answer was complete."""
 
 
 def frame(event: dict[str, Any]) -> bytes:
     """One ``data:`` event. No ``id:`` or ``retry:`` lines: they break openai's own parser."""
-    text = json.dumps(event, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return f"data: {text}\n\n".encode()
+    return f"data: {encode_json(event)}\n\n".encode()
 
 
 class EventStream(Response):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -26,15 +26,21 @@ class GenerationLike(Timed, Protocol):
     """The tokens of one sequence as they come; the last event carries a ``finish_reason``."""
 
     @property
+    def finished(self) -> bool:
+        """Whether its last event was taken, or its error raised."""
+
+    @property
     def num_cached_tokens(self) -> int:
         """Tokens of the prompt that were in the prefix cache; 0 until the sequence starts."""
 
-    def __aiter__(self) -> AsyncIterator[list[TokenEvent]]: ...
+    def announce(self, arrived: asyncio.Event) -> None:
+        """Set ``arrived`` whenever something arrives from now on, or is left to take."""
 
-    async def __anext__(self) -> list[TokenEvent]: ...
+    def take(self) -> list[TokenEvent]:
+        """What came since the last time. Raises `RequestError` if it failed."""
 
     def abort(self) -> None:
-        """End the sequence and free its pages. Idempotent, never waits."""
+        """End the sequence, if it has not ended, with an event ABORT. Idempotent, never waits."""
 
 
 class EngineLike(Protocol):

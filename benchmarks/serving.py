@@ -25,12 +25,15 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import os
 import statistics
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as engine processes have it; torch reads it
 
 import numpy as np
 from rich.console import Console

@@ -189,12 +189,32 @@ async def _head(reader: asyncio.StreamReader) -> tuple[int, dict[str, str]]:
 
 async def _body(reader: asyncio.StreamReader, headers: dict[str, str]) -> AsyncIterator[bytes]:
     if headers.get("transfer-encoding", "").lower() == "chunked":
-        while size := int((await reader.readline()).split(b";")[0] or b"0", 16):
-            yield await reader.readexactly(size)
-            await reader.readexactly(2)
+        body, rest, is_last = b"", b"", False
+        while not is_last:
+            part = await reader.read(READ_LIMIT)
+            if not part:
+                raise asyncio.IncompleteReadError(rest, None)
+            body, rest, is_last = _dechunked(rest + part)
+            yield body
         return
     if "content-length" in headers:
         yield await reader.readexactly(int(headers["content-length"]))
         return
     while part := await reader.read(READ_LIMIT):
         yield part
+
+
+def _dechunked(data: bytes) -> tuple[bytes, bytes, bool]:
+    """The whole chunks in front of ``data``, what follows them, and whether the last is there."""
+    chunks = []
+    start = 0
+    while (line_end := data.find(b"\r\n", start)) >= 0:
+        size = int(data[start:line_end].split(b";")[0], 16)
+        if size == 0:
+            return b"".join(chunks), b"", True
+        chunk_start, end = line_end + 2, line_end + 2 + size
+        if len(data) < end + 2:
+            break
+        chunks.append(data[chunk_start:end])
+        start = end + 2
+    return b"".join(chunks), data[start:], False

@@ -28,28 +28,38 @@ class Generation:
         self.started_at: float | None = None  # its first step began
         self.first_token_at: float | None = None
         self.last_token_at: float | None = None
+        self.finished = False  # everything was read
         self._abort = abort
         self._events: list[TokenEvent] = []
         self._arrived = asyncio.Event()
         self._error: RequestError | None = None
-        self._finished = False
 
     def __aiter__(self) -> Generation:
         return self
 
     async def __anext__(self) -> list[TokenEvent]:
-        if self._finished:
+        if self.finished:
             raise StopAsyncIteration
-        await self._arrived.wait()
+        while not (events := self.take()):
+            self._arrived.clear()
+            await self._arrived.wait()
+        return events
+
+    def take(self) -> list[TokenEvent]:
+        """As the iteration, but without waiting: empty if nothing arrived since the last time."""
         events, self._events = self._events, []
         if events:  # what arrived before an error is read before it
-            if self._error is None:
-                self._arrived.clear()
-            self._finished = events[-1].finish_reason is not None
-            return events
-        self._finished = True
-        assert self._error is not None
-        raise self._error
+            self.finished = events[-1].finish_reason is not None
+            if self._error is not None:
+                self._arrived.set()
+        elif self._error is not None:
+            self.finished = True
+            raise self._error
+        return events
+
+    def announce(self, arrived: asyncio.Event) -> None:
+        """Set ``arrived``, which others may set too, for whatever arrives from now on."""
+        self._arrived = arrived
 
     def abort(self) -> None:
         """End this sequence and free its pages before the engine's next step. Idempotent."""

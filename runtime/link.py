@@ -17,14 +17,20 @@ from runtime import wire
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = (sys.executable, "-P", str(ROOT / "runtime" / "__main__.py"))
 """Run as a file: `-m` would import torch before the process could tie itself to the server."""
+THREADS_WAIT = {"OMP_WAIT_POLICY": "passive"}
+"""Threads of a CPU engine that wait for one another sleep. By default they spin, for milliseconds
+whenever another process, as this server, has the core of one of them.
+"""
 MAX_UNSENT_BYTES = 1 << 20
 """With more on its way to an engine that does not read, requests stay with the server."""
+RECEIVE_BYTES = 64 << 10
+"""At once. asyncio's own 256 KiB are a new block each time, for the hundred bytes of a step."""
 LEAVE_SECONDS = 0.5
 """For a process whose socket has ended to end too."""
 POLL_SECONDS = 0.01
 
 
-class EngineLink(asyncio.Protocol):
+class EngineLink(asyncio.BufferedProtocol):
     """Starts an engine process at once and talks to it once connected.
 
     ``deliver`` gets each message and raises `WireError` for one that makes no sense; that ends the
@@ -42,6 +48,7 @@ class EngineLink(asyncio.Protocol):
         self._resume = resume
         self._transport: asyncio.Transport | None = None
         self._paused = False
+        self._buffer = memoryview(bytearray(RECEIVE_BYTES))
         self._received = bytearray()
         self.reason = ""
         """Why the link ends, once that is known better than from the process's exit code."""
@@ -56,7 +63,7 @@ class EngineLink(asyncio.Protocol):
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 process_group=0,  # Ctrl-C reaches the server only, which then ends the engine
-                env={**os.environ, "PYTHONPATH": path},
+                env={**THREADS_WAIT, **os.environ, "PYTHONPATH": path},
             )
             on_failure.pop_all()
 
@@ -87,8 +94,11 @@ class EngineLink(asyncio.Protocol):
         self._paused = False
         self._resume()
 
-    def data_received(self, data: bytes) -> None:
-        self._received += data
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._buffer
+
+    def buffer_updated(self, num_bytes: int) -> None:
+        self._received += self._buffer[:num_bytes]
         try:
             for message in wire.take_messages(self._received):
                 self._deliver(message)

@@ -281,7 +281,8 @@ class TextAssembler:
             self.num_reasoning_tokens += was_thinking or self._section.kind == "reasoning"
         if finish_reason is not None and not self.stopped:
             pieces += self._finish_section()
-        self.num_calls += sum(piece.call is not None and bool(piece.call.name) for piece in pieces)
+        if self._parser is not None:
+            self.num_calls += sum(bool(piece.call and piece.call.name) for piece in pieces)
         return pieces
 
     def _feed_token(self, index: int, token_id: int) -> list[TextPiece]:

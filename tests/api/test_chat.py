@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
+import httpx
 import openai
 import pytest
 
@@ -284,6 +285,7 @@ def test_a_prompt_beyond_the_context_is_a_400_with_both_numbers(
         ({"fails_with": FinishReason.ERROR}, 500, "engine_error"),
         ({"fails_with": FinishReason.ABORT}, 503, "engine_unavailable"),
         ({"dies": True}, 503, "engine_unavailable"),
+        ({"dies": True, "batch": 100}, 503, "engine_unavailable"),  # with its last words
     ],
 )
 def test_an_engine_failure_is_an_error_and_never_a_done(
@@ -350,6 +352,24 @@ def test_a_fault_of_ours_is_a_500_that_tells_and_logs_no_prompt(
     assert private not in caplog.text
 
 
+def test_what_all_choices_say_in_a_step_and_at_the_end_is_written_at_once(
+    base: str, engine: ScriptedEngine
+) -> None:
+    engine.say("one two three four", stop=False)
+    engine.seconds_per_token = 0.02  # the choices' tokens come together
+    body = {**ASK, "n": 8, "stream": True, "stream_options": {"include_usage": True}}
+    with httpx.stream("POST", f"{base}/chat/completions", json=body) as response:
+        writes = [part.decode() for part in response.iter_raw()]
+    num_events = [len(sse_events(write)) for write in writes]
+    num_steps = len(engine.token_ids)
+    assert sum(num_events) >= 8 * (num_steps - 1)
+    assert len(writes) < 2 * num_steps
+    *_, last_choice, usage, done = sse_events(writes[-1])
+    assert json.loads(last_choice)["choices"][0]["finish_reason"] == "length"
+    assert json.loads(usage)["usage"]["completion_tokens"] == 8 * num_steps
+    assert done == "[DONE]"
+
+
 def test_silence_is_filled_with_comments(tokenizer: Tokenizer) -> None:
     state = replace(scripted_state(tokenizer), limits=Limits(ping=0.05))
     engine = engine_of(state)
@@ -361,6 +381,15 @@ def test_silence_is_filled_with_comments(tokenizer: Tokenizer) -> None:
     assert 3 <= text.count(": keep-alive\n\n") <= 6
     assert text.index("assistant") < text.index(": keep-alive") < text.index("reasoning")
     assert text.endswith("data: [DONE]\n\n")
+
+
+def test_tokens_that_keep_coming_are_no_silence(tokenizer: Tokenizer) -> None:
+    state = replace(scripted_state(tokenizer), limits=Limits(ping=1.0))
+    engine = engine_of(state)
+    engine.say("one two three four five six")
+    engine.seconds_per_token = 1.6 / len(engine.token_ids)
+    with serve(state) as base:
+        assert "keep-alive" not in post(base, {**ASK, "stream": True}).text
 
 
 def test_unknown_fields_are_logged_once(

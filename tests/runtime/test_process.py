@@ -13,6 +13,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,6 +27,7 @@ from runtime import (
     Generation,
     SamplingParams,
 )
+from runtime.link import EngineLink
 from tests.processes import is_alive
 from tests.runtime.engines import TINY, chats, make_engine
 from tests.runtime.faulty_engine import PROGRAM as FAULTY
@@ -51,6 +53,27 @@ def with_client(
             await client.stop()
 
     asyncio.run(run())
+
+
+SPEAKS = """
+import json, os, socket, struct, sys
+sock = socket.socket(fileno=int(sys.argv[sys.argv.index("--fd") + 1]))
+waits = os.environ.get("OMP_WAIT_POLICY")
+for message in ({"waits": waits}, {"text": "x" * 300_000}, {"n": 2}):
+    body = json.dumps(message).encode()
+    sock.sendall(struct.pack(">I", len(body)) + body)
+"""
+
+
+async def heard() -> list[dict[str, Any]]:
+    """All that a program says that is started as an engine process is."""
+    messages: list[dict[str, Any]] = []
+    link = EngineLink([sys.executable, "-S", "-c", SPEAKS], messages.append, lambda: None)
+    await link.connect()
+    async with asyncio.timeout(20):
+        await link.ended
+    await link.gone()
+    return messages
 
 
 async def read(generation: Generation) -> list[int]:
@@ -262,3 +285,20 @@ def child_pids() -> list[int]:
 def engine_pid() -> int:
     [pid] = child_pids()
     return pid
+
+
+def test_messages_of_any_length_arrive_whole_and_in_order() -> None:
+    _, long, last = asyncio.run(heard())
+    assert long == {"text": "x" * 300_000}
+    assert last == {"n": 2}
+
+
+@pytest.mark.parametrize("chosen", [None, "active"])
+def test_threads_that_wait_sleep_unless_the_user_chose_otherwise(
+    chosen: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if chosen is not None:
+        monkeypatch.setenv("OMP_WAIT_POLICY", chosen)
+    first, *_ = asyncio.run(heard())
+    assert first == {"waits": chosen or "passive"}
