@@ -1,46 +1,16 @@
-"""How the C library is told to give memory back, so that weeks do not add up their peaks."""
+"""Memory that requests have left is given back while the server runs."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import ctypes
-import gc
-import sys
 
-M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # mallopt(3)
-LARGE_BYTES = 256 << 10
-MAX_ARENAS = 2
+from runtime import give_back_memory
+
 GIVE_BACK_SECONDS = 10.0
 
 
-def return_large_blocks() -> None:
-    """Have glibc return a large block as soon as it is freed, and keep few arenas for threads.
-
-    Left alone it raises the size from which it does so with each such block, up to 32 MiB, and
-    keeps what lies between smaller ones: bodies and prompts of megabytes stay for good.
-    """
-    _glibc("mallopt", M_MMAP_THRESHOLD, LARGE_BYTES)
-    _glibc("mallopt", M_ARENA_MAX, MAX_ARENAS)
-
-
 async def keep_giving_back(seconds: float = GIVE_BACK_SECONDS) -> None:
-    """Return what lies free between small blocks, too, every ``seconds``, until cancelled.
-
-    Garbage in cycles is collected first; Python would wait for a quarter more of all there is.
-    Takes 5 ms of another thread for 100 MB that requests have left, nothing if they left none.
-    """
+    """Give back, in another thread, every ``seconds``, until cancelled."""
     while True:
         await asyncio.sleep(seconds)
-        await asyncio.to_thread(_give_back)
-
-
-def _give_back() -> None:
-    gc.collect()
-    _glibc("malloc_trim", 0)
-
-
-def _glibc(function: str, *arguments: int) -> None:
-    if sys.platform == "linux":
-        with contextlib.suppress(AttributeError, OSError):  # another C library
-            getattr(ctypes.CDLL(None), function)(*arguments)
+        await asyncio.to_thread(give_back_memory)

@@ -33,7 +33,7 @@ from api.keys import KeyStore
 from api.ledger import Ledger, ledger_path
 from api.limits import Limits
 from api.listen import cannot_listen, is_loopback, listening_on, tls_context
-from api.memory import keep_giving_back, return_large_blocks
+from api.memory import keep_giving_back
 from api.output import Output, logging_to
 from api.running import Running
 from api.server import Server
@@ -48,6 +48,7 @@ from runtime import (
     Tokenizer,
     find_checkpoint,
     inspect_checkpoint,
+    return_large_blocks,
 )
 
 FIRST_KEY = "default"

@@ -27,6 +27,7 @@ from runtime.inspect_model import (
     find_gpus,
     imagine_gpu,
 )
+from runtime.memory import give_back_memory, return_large_blocks
 from runtime.process import EngineClient
 from runtime.request import (
     INT64_MAX,
@@ -100,8 +101,10 @@ __all__ = [
     "describe_model",
     "find_checkpoint",
     "find_gpus",
+    "give_back_memory",
     "imagine_gpu",
     "inspect_checkpoint",
     "pull",
+    "return_large_blocks",
     "with_object_arguments",
 ]

@@ -25,12 +25,15 @@ from runtime import wire
 from runtime.engine import Engine
 from runtime.engine_config import EngineConfig
 from runtime.errors import FathomError
+from runtime.memory import give_back_memory
 from runtime.request import FinishReason, Sequence, TokenEvent
 
 PROGRESS_SECONDS = 0.1
 BEAT_SECONDS = 1.0
 MESSAGES_SECONDS = 0.25
 """How long messages may keep a step waiting: to compile a grammar takes up to a second."""
+IDLE_SECONDS = 5.0
+"""After these without work what requests have left is given back, once."""
 MAX_SPOILT_STEPS = 3
 """So many steps in succession without a finite row, and it is not the requests that are bad."""
 GONE = (BrokenPipeError, ConnectionResetError)
@@ -91,6 +94,8 @@ def serve_engine(sock: socket.socket, load: Loader = Engine.from_checkpoint) -> 
     channel.send({"type": "ready", "info": engine.info.to_dict()})
     num_spoilt = 0
     while True:
+        if not engine.has_work and not select.select([sock], [], [], IDLE_SECONDS)[0]:
+            give_back_memory()
         # With work at hand the socket is only glanced at; without, it is waited for.
         waiting_since: float | None = None
         while select.select([sock], [], [], 0 if engine.has_work else None)[0]:

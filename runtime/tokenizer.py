@@ -9,11 +9,8 @@ The chat template writes them; what a client says in a chat can never become one
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import re
 import secrets
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -39,6 +36,7 @@ from runtime.config import (
 from runtime.control_tokens import THINK_END, THINK_START, ControlTokens, require_unicode
 from runtime.errors import BadRequest, CheckpointError
 from runtime.grammar import GrammarVocabulary
+from runtime.memory import give_back_memory
 from runtime.token_bound import TokenBound
 from runtime.tokenizer_files import (
     find_chat,
@@ -288,7 +286,7 @@ class Tokenizer:
         token_ids = [token_id for encoding in encodings for token_id in encoding.ids]
         del encodings
         if len(rendered) > LONG_TEXT:
-            _give_back_memory()
+            give_back_memory()  # glibc's threads would keep the 300 MB that a megabyte took
         return ChatPrompt(token_ids, "".join(parts), self.opens_thought(token_ids))
 
     def _encode(self, texts: list[str], param: str, **options: bool) -> list[tokenizers.Encoding]:
@@ -373,10 +371,3 @@ def _is_hidden(token: tokenizers.AddedToken) -> bool:
 def _new_mark() -> str:
     """A text that no client can have sent."""
     return f"\ue000{secrets.randbelow(10**19)}\ue000"
-
-
-def _give_back_memory() -> None:
-    """Of glibc's threads: each would keep the 300 MB that a megabyte took to encode."""
-    if sys.platform == "linux":
-        with contextlib.suppress(AttributeError, OSError):  # another C library
-            ctypes.CDLL(None).malloc_trim(0)

@@ -7,7 +7,8 @@ import sys
 
 MEASURE = """
 import asyncio, re, sys
-from api.memory import keep_giving_back, return_large_blocks
+from api.memory import keep_giving_back
+from runtime import return_large_blocks
 if sys.argv[1] == "True":
     return_large_blocks()
 
