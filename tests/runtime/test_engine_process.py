@@ -106,6 +106,24 @@ def test_a_step_without_events_still_gives_a_sign_of_life(monkeypatch: pytest.Mo
         assert kinds == ["started", "beat", "beat", "beat", "events"]
 
 
+def test_memory_is_given_back_once_after_each_time_of_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    given_back: list[float] = []
+    monkeypatch.setattr("runtime.engine_process.IDLE_SECONDS", 0.05)
+    monkeypatch.setattr(
+        "runtime.engine_process.give_back_memory", lambda: given_back.append(time.monotonic())
+    )
+    with served(tiny()) as engine:
+        engine.until("ready")
+        for num_times in (1, 2):
+            engine.add(num_times, max_tokens=3, ignore_eos=True)
+            for _ in range(3):
+                engine.until("events")
+            finished = time.monotonic()
+            time.sleep(0.4)
+            assert given_back[-1] >= finished - 0.01
+            assert len([at for at in given_back if at >= finished - 0.01]) == 1
+
+
 def test_requests_that_take_long_to_queue_leave_time_for_steps() -> None:
     """Each may bring a grammar that takes a second to compile; nobody waits for all of them."""
 
