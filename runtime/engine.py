@@ -117,7 +117,7 @@ class Engine:
         config.resolve_model_len(checkpoint.config.max_position_embeddings)
         dtype = config.resolve_dtype(device, checkpoint.dtype, checkpoint.num_parameters)
         fp8 = config.resolve_fp8(device, checkpoint.fp8)
-        placement = Placement(device, dtype, fp8, config.batch_invariant)
+        placement = Placement(device, dtype, fp8, config.batch_invariant, pack=True)
         model = build_model(checkpoint, placement, config.max_model_len)
         num_weight_bytes = weight_bytes(model)
         bytes_per_token = cache_bytes_per_token(model, dtype)

@@ -33,6 +33,7 @@ from runtime.fill import FP8, STORED_DTYPES, fill_from_file, least_read, open_fi
 from runtime.hub_files import cached_snapshot, missing_files
 from runtime.models import FAMILIES, CausalLM, Family, ModelConfig
 from runtime.models.layers import SCALE_SUFFIX, Fp8Format, Placement
+from runtime.packing import Packing
 from runtime.shards import StoredTensor, read_headers, some_names
 
 Progress = Callable[[int, int], None]
@@ -41,7 +42,7 @@ Progress = Callable[[int, int], None]
 NEEDED_FILES = ("config.json", "tokenizer.json")  # beside the weights
 PULL_PATTERNS = ["*.safetensors", "*.json", "*.jinja"]
 MAX_BUFFER_BYTES = 32 << 20
-BUFFER_SHARE = 32  # the read buffer is this part of the checkpoint, up to its maximum
+BUFFER_SHARE = 128  # the read buffer is this part of the checkpoint, up to its maximum
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,8 +291,10 @@ def load_weights(
     """Fill every parameter of ``model`` and finish it; peak memory is the model and one chunk.
 
     A matrix is quantized to FP8, or decoded from it, on its way if the model keeps it otherwise
-    than the file does. Raises `CheckpointError` (file: tensor: why) for a file that cannot be read
-    or has changed, and for a NaN or an infinity, also one that only the model's dtype makes.
+    than the file does. Linear layers that may be packed are, each as soon as it is whole, so that
+    packed and unpacked weights are never in memory at once. Raises `CheckpointError` (file: tensor:
+    why) for a file that cannot be read or has changed, and for a NaN or an infinity, also one that
+    only the model's dtype makes.
     """
     targets, stored = model.weight_targets(), checkpoint.tensors
     total = sum(tensor.num_bytes for tensor in stored.values())
@@ -300,6 +303,7 @@ def load_weights(
     num_buffered = max(wanted, least)
     on_gpu = any(target.is_cuda for target in targets.values())
     buffer = torch.empty(num_buffered, dtype=torch.uint8, pin_memory=on_gpu)
+    packing = Packing(model, targets)
     done = 0
     progress(done, total)
     in_file_order = sorted(stored, key=lambda name: (stored[name].path, stored[name].offset))
@@ -309,4 +313,5 @@ def load_weights(
                 for num_bytes in fill_from_file(targets, stored, name, file, buffer):
                     done += num_bytes
                     progress(done, total)
+                packing.filled(name)
     model.finish_loading()

@@ -18,9 +18,8 @@ from torch import Tensor
 
 from kernels.batch import PagedBatch
 from kernels.embedding import embedding
-from kernels.linear import linear
 from runtime.config import MAX_POSITION, MAX_WIDTH, Fields, RopeConfig, parse_rope
-from runtime.models.layers import Placement, RMSNorm, Targets, rope_table
+from runtime.models.layers import Linear, Placement, RMSNorm, Targets, rope_table
 
 CacheSpec = dict[str, tuple[int, ...]]
 """Name -> shape per token. A cache is [num_pages, page_size, *shape]."""
@@ -133,11 +132,13 @@ class Decoder:
         self._ignored_prefixes = tuple(f"model.layers.{i}." for i in ignored_layers)
         self.embed_tokens = placement.empty(config.vocab_size, config.hidden_size)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, placement)
-        self.lm_head = self.embed_tokens
-        if not config.tie_word_embeddings:
-            self.lm_head = placement.empty(config.vocab_size, config.hidden_size)
+        self.lm_head = Linear(
+            config.hidden_size,
+            {"lm_head": config.vocab_size},
+            placement.unquantized,
+            shared=self.embed_tokens if config.tie_word_embeddings else None,
+        )
         self.cos_sin = torch.empty(0, device=placement.device)
-        self._batch_invariant = placement.batch_invariant
 
     def weight_targets(self) -> Targets:
         targets = {
@@ -147,7 +148,7 @@ class Decoder:
         for i, layer in enumerate([*self.layers, *self.extra_layers]):
             targets |= layer.targets(f"model.layers.{i}.")
         if not self.config.tie_word_embeddings:
-            targets["lm_head.weight"] = self.lm_head
+            targets |= self.lm_head.targets("")
         return targets
 
     def ignores(self, name: str) -> bool:
@@ -175,6 +176,4 @@ class Decoder:
         return normed
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return linear(
-            hidden, self.lm_head, out_dtype=torch.float32, batch_invariant=self._batch_invariant
-        )  # [num_rows, vocab]
+        return self.lm_head(hidden, torch.float32)  # [num_rows, vocab]

@@ -17,6 +17,7 @@ from torch import Tensor
 from kernels.activation import silu_and_mul
 from kernels.linear import linear, linear_silu_and_mul
 from kernels.norm import add_rms_norm, rms_norm
+from kernels.packed_linear import PackedWeight, pack_weight, packed_linear, packs
 from kernels.quant import BLOCK, ActivationScale, Fp8Weight, fp8_linear, num_blocks
 from kernels.rope import (
     default_inv_freq,
@@ -44,13 +45,15 @@ class Placement:
     """Where parameters live, in which dtype, and how products with them are to be computed.
 
     With ``fp8`` matrices are kept in FP8 instead. With ``batch_invariant`` a token's bits do not
-    follow the number of tokens in a step; in fp32 on a CPU they never do.
+    follow the number of tokens in a step; in fp32 on a CPU they never do. With ``pack`` a CPU's
+    linear layers are packed as they are loaded, where that pays (`kernels.packed_linear`).
     """
 
     device: torch.device
     dtype: torch.dtype
     fp8: Fp8Format | None = None
     batch_invariant: bool = False
+    pack: bool = False
 
     @property
     def unquantized(self) -> Placement:
@@ -104,33 +107,60 @@ class Linear:
         placement: Placement,
         *,
         bias: bool = False,
+        shared: Tensor | None = None,
     ) -> None:
+        """``shared`` is the weight of another layer, for W to be that too."""
         self.parts = dict(parts)
         sizes = list(self.parts.values())
-        self.weight = placement.matrix(sizes, in_features)
+        self.weight: Tensor | Fp8Weight | PackedWeight
+        self.weight = placement.matrix(sizes, in_features) if shared is None else shared
         self.bias = placement.empty(sum(sizes)) if bias else None
         self.batch_invariant = placement.batch_invariant
+        self.may_pack = (
+            placement.pack
+            and isinstance(self.weight, Tensor)
+            and packs(
+                placement.dtype,
+                placement.device,
+                self.weight.numel(),
+                placement.batch_invariant,
+            )
+        )
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """[num_tokens, in_features] to [num_tokens, out_features]."""
+    def __call__(self, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+        """[num_tokens, in_features] to [num_tokens, out_features].
+
+        ``out_dtype`` is as in `kernels.linear.linear`; weights in FP8 take none.
+        """
+        if isinstance(self.weight, PackedWeight):
+            return packed_linear(x, self.weight, self.bias, out_dtype=out_dtype)
         if isinstance(self.weight, Fp8Weight):
+            assert out_dtype is None
             return fp8_linear(x, self.weight, self.bias, batch_invariant=self.batch_invariant)
-        return linear(x, self.weight, self.bias, batch_invariant=self.batch_invariant)
+        return linear(
+            x, self.weight, self.bias, out_dtype=out_dtype, batch_invariant=self.batch_invariant
+        )
 
     def silu_and_mul(self, x: Tensor) -> Tensor:
         """silu(gate) · up, where the outputs are gate | up."""
-        if isinstance(self.weight, Fp8Weight):
+        if not isinstance(self.weight, Tensor):
             return silu_and_mul(self(x))
         return linear_silu_and_mul(x, self.weight, self.bias, batch_invariant=self.batch_invariant)
 
     def targets(self, prefix: str) -> Targets:
         sizes = list(self.parts.values())
         names = [f"{prefix}{name}.weight" for name in self.parts]
+        assert not isinstance(self.weight, PackedWeight), "targets are asked for before loading"
         targets = matrix_targets(names, sizes, self.weight)
         if self.bias is not None:
             biases = zip(self.parts, self.bias.split_with_sizes(sizes), strict=True)
             targets |= {f"{prefix}{name}.bias": rows for name, rows in biases}
         return targets
+
+    def pack(self) -> None:
+        """Put the packed weight in the place of the loaded one."""
+        assert isinstance(self.weight, Tensor)
+        self.weight = pack_weight(self.weight)
 
 
 class RMSNorm:
