@@ -57,7 +57,8 @@ Dtype = Annotated[
 Quantization = Annotated[
     str,
     typer.Option(
-        help="auto (as the checkpoint is), fp8 (quantize at load) or none (decode FP8 at load)."
+        help="auto (as the checkpoint is), fp8 (quantize at load), none (decode FP8 at load); on a "
+        "CPU int8 or int4, weights only."
     ),
 ]
 Fp8Activations = Annotated[

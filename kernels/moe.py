@@ -28,6 +28,7 @@ from kernels import moe_route_triton, moe_triton
 from kernels.activation import silu_and_mul
 from kernels.dispatch import use_triton
 from kernels.linear import in_blocks, row_group, torch_linear
+from kernels.packed_linear import PackedMatrix, packed_linear
 from kernels.quant import (
     MAX_DECODED_BYTES,
     Fp8Weight,
@@ -35,6 +36,9 @@ from kernels.quant import (
     dequantize_weight,
     quantize_activations,
 )
+
+ExpertWeights = Tensor | Fp8Weight | list[PackedMatrix]
+"""The matrices of all experts, on a CPU perhaps packed one by one."""
 
 _GROUP_TOP = 2  # a group of experts is scored by the sum of its two best
 
@@ -142,8 +146,8 @@ def moe_experts(
     x: Tensor,
     expert_ids: Tensor,
     expert_weights: Tensor,
-    gate_up: Tensor | Fp8Weight,
-    down: Tensor | Fp8Weight,
+    gate_up: ExpertWeights,
+    down: ExpertWeights,
     shared: Tensor | None = None,
     *,
     batch_invariant: bool = False,
@@ -155,9 +159,9 @@ def moe_experts(
         expert_ids: [num_tokens, k] int64.
         expert_weights: [num_tokens, k] fp32.
         gate_up: [num_experts, 2 * intermediate_size, hidden_size], gate first, dtype of ``x``; or
-            as many matrices in FP8.
-        down: [num_experts, hidden_size, intermediate_size], dtype of ``x``, or FP8. Weights that
-            say W8A8 have their input quantized: ``x``, and what the gate lets through.
+            as many matrices in FP8; or packed, on a CPU.
+        down: [num_experts, hidden_size, intermediate_size], likewise. FP8 weights
+            that say W8A8 have their input quantized: ``x``, and what the gate lets through.
         shared: [num_tokens, hidden_size], dtype of ``x``, or None: what the shared experts gave,
             added to the sum once it is rounded.
         batch_invariant: on a GPU, launch as for one token whatever the number of tokens; several
@@ -173,6 +177,7 @@ def moe_experts(
     if x.shape[0] == 0:
         return x.new_empty(x.shape)
     if use_triton(x):
+        assert not isinstance(gate_up, list) and not isinstance(down, list)
         return moe_triton.moe_experts(
             x, expert_ids, expert_weights, gate_up, down, shared, batch_invariant=batch_invariant
         )
@@ -184,14 +189,14 @@ def _moe_experts_torch(
     x: Tensor,
     expert_ids: Tensor,
     expert_weights: Tensor,
-    gate_up: Tensor | Fp8Weight,
-    down: Tensor | Fp8Weight,
+    gate_up: ExpertWeights,
+    down: ExpertWeights,
     batch_invariant: bool,
 ) -> Tensor:
     num_tokens, top_k = expert_ids.shape
     dtypes = (x.dtype, _product_dtype(x.dtype, gate_up, down))
     group = max(row_group(dtype, batch_invariant) for dtype in dtypes)
-    if num_tokens == 1 and isinstance(gate_up, Tensor) and isinstance(down, Tensor):
+    if num_tokens == 1 and not isinstance(gate_up, Fp8Weight) and not isinstance(down, Fp8Weight):
         rows = x.expand(group, -1)
         outputs = _one_token_outputs(rows, expert_ids[0].tolist(), gate_up, down, batch_invariant)
         return (outputs * expert_weights.view(top_k, 1)).sum(dim=0, keepdim=True).to(x.dtype)
@@ -217,21 +222,25 @@ def _moe_experts_torch(
     return (outputs * expert_weights.unsqueeze(-1)).sum(dim=1).to(x.dtype)
 
 
-def _product_dtype(dtype: torch.dtype, *weights: Tensor | Fp8Weight) -> torch.dtype:
+def _product_dtype(dtype: torch.dtype, *weights: ExpertWeights) -> torch.dtype:
     """What is multiplied: quantized activations are decoded to fp32, which holds them exactly."""
     quantized = any(isinstance(w, Fp8Weight) and w.activations is not None for w in weights)
     return torch.float32 if quantized else dtype
 
 
-def _rounded(x: Tensor, weight: Tensor | Fp8Weight) -> Tensor:
+def _rounded(x: Tensor, weight: ExpertWeights) -> Tensor:
     """The input of a product with ``weight``: for W8A8 quantized, and decoded again."""
-    if isinstance(weight, Tensor) or weight.activations is None:
+    if not isinstance(weight, Fp8Weight) or weight.activations is None:
         return x
     return dequantize_activations(*quantize_activations(x, weight.activations))
 
 
 def _one_token_outputs(
-    rows: Tensor, expert_ids: list[int], gate_up: Tensor, down: Tensor, batch_invariant: bool
+    rows: Tensor,
+    expert_ids: list[int],
+    gate_up: Tensor | list[PackedMatrix],
+    down: Tensor | list[PackedMatrix],
+    batch_invariant: bool,
 ) -> Tensor:
     """Each chosen expert's output for a single token, which needs no sorting: [k, hidden].
 
@@ -239,22 +248,27 @@ def _one_token_outputs(
     """
     outputs = []
     for expert_id in expert_ids:
-        gated = torch_linear(rows, gate_up[expert_id], batch_invariant=batch_invariant)
-        hidden = silu_and_mul(gated)
-        output = torch_linear(hidden, down[expert_id], batch_invariant=batch_invariant)
+        hidden = silu_and_mul(_product(rows, gate_up[expert_id], batch_invariant))
+        output = _product(hidden, down[expert_id], batch_invariant)
         outputs.append(output[0])
     return torch.stack(outputs)
 
 
+def _product(x: Tensor, weight: Tensor | PackedMatrix, batch_invariant: bool) -> Tensor:
+    if isinstance(weight, Tensor):
+        return torch_linear(x, weight, batch_invariant=batch_invariant)
+    return packed_linear(x, weight, batch_invariant=batch_invariant)
+
+
 def _grouped_linear(
     rows: Tensor,
-    weight: Tensor | Fp8Weight,
+    weight: ExpertWeights,
     hit: np.ndarray,
     ends: np.ndarray,
     batch_invariant: bool,
 ) -> Tensor:
     """Multiply rows [ends[i-1], ends[i]) by the transposed matrix of expert ``hit[i]``."""
-    if isinstance(weight, Tensor):
+    if not isinstance(weight, Fp8Weight):
         return _grouped_product(rows, weight, hit, ends, batch_invariant)
     _, out_features, in_features = weight.values.shape
     # decoding goes through fp32; an expert beyond the limit is cut at the same places every time
@@ -284,14 +298,18 @@ def _grouped_linear(
 
 
 def _grouped_product(
-    rows: Tensor, weights: Tensor, hit: np.ndarray, ends: np.ndarray, batch_invariant: bool
+    rows: Tensor,
+    weights: Tensor | list[PackedMatrix],
+    hit: np.ndarray,
+    ends: np.ndarray,
+    batch_invariant: bool,
 ) -> Tensor:
-    """The same for decoded ``weights``; both ways give a row the same bits."""
-    num_experts, _, in_features = weights.shape
+    """The same for ``weights`` that need no decoding; both ways give a row the same bits."""
+    num_experts, in_features = len(weights), rows.shape[1]
     # grouped_mm refuses rows that do not start on 16 bytes and visits every expert, hit or not
     aligned = in_features * rows.element_size() % 16 == 0
     at_once = aligned and not in_blocks(rows.dtype, batch_invariant)
-    if at_once and 2 * hit.size >= num_experts:
+    if isinstance(weights, Tensor) and at_once and 2 * hit.size >= num_experts:
         all_counts = np.zeros(num_experts, dtype=np.int32)
         all_counts[hit] = np.diff(ends, prepend=0)
         offsets = torch.from_numpy(np.cumsum(all_counts, dtype=np.int32))
@@ -299,7 +317,7 @@ def _grouped_product(
     starts = [0, *ends.tolist()]
     return torch.cat(
         [
-            torch_linear(rows[start:end], weights[expert_id], batch_invariant=batch_invariant)
+            _product(rows[start:end], weights[expert_id], batch_invariant)
             for expert_id, (start, end) in zip(hit.tolist(), pairwise(starts), strict=True)
         ]
     )

@@ -1,6 +1,9 @@
 """Products on a CPU with weights in the layout its matrix kernels read: packed once, at load.
 
-    y = x @ weight.T + bias        weight [out_features, in_features], packed by oneDNN
+    y = x @ weight.T + bias        weight [out_features, in_features]
+
+Weights stay in their dtype, packed by oneDNN, or become int8 or int4 (``kernels.int8_linear``,
+``kernels.int4_linear``).
 
 A plain product arranges its weights anew at every call, which at one row costs as much as the
 product. A packed weight takes the place of the original; it is opaque and cannot be read back.
@@ -14,12 +17,18 @@ from __future__ import annotations
 import functools
 import platform
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from kernels.dispatch import interpreting
+from kernels.int4_linear import Int4Weight, fits_int4, int4_linear, int4_nbytes, pack_int4
+from kernels.int8_linear import Int8Weight, int8_linear, int8_nbytes, pack_int8
 from kernels.linear import in_blocks
+
+PackFormat = Literal["dtype", "int8", "int4"]
+"""What a packed matrix is kept in: the model's dtype, or less."""
 
 # rows that the layout is chosen for: decodes of one row are as fast as with 1, prompts faster
 _ROWS_HINT = 32
@@ -31,7 +40,7 @@ LEAST_VALUES = {torch.float32: 1 << 18, torch.bfloat16: 0}
 
 @dataclass(frozen=True, slots=True)
 class PackedWeight:
-    """One matrix, packed.
+    """One matrix in its own dtype, packed.
 
     Attributes:
         matrix: opaque, of shape [out_features, in_features].
@@ -40,15 +49,37 @@ class PackedWeight:
     matrix: Tensor
 
 
-def packs(
-    dtype: torch.dtype, device: torch.device, num_values: int, batch_invariant: bool = False
-) -> bool:
-    """Whether products with a matrix of ``num_values`` of this dtype gain from `pack_weight` here.
+PackedMatrix = PackedWeight | Int8Weight | Int4Weight
 
-    False also where they would not keep the promises of `kernels.linear` then.
+
+def pack_format(
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    wanted: PackFormat | None,
+    batch_invariant: bool = False,
+) -> PackFormat | None:
+    """What to keep a matrix of ``shape`` (out_features, in_features) in where ``wanted`` is asked.
+
+    None: as it is, since packing does not gain here, or would not keep the promises of
+    `kernels.linear`. What does not divide into int4 groups becomes int8.
     """
-    is_packed = device.type == "cpu" and dtype in _packed_dtypes()
-    return is_packed and num_values >= LEAST_VALUES[dtype] and not in_blocks(dtype, batch_invariant)
+    if wanted == "int4" and not fits_int4(*shape):
+        return "int8"
+    if wanted == "dtype":
+        is_packed = device.type == "cpu" and dtype in _packed_dtypes()
+        is_large = is_packed and shape[0] * shape[1] >= LEAST_VALUES[dtype]
+        return "dtype" if is_large and not in_blocks(dtype, batch_invariant) else None
+    return wanted
+
+
+def packed_nbytes(shape: tuple[int, int], dtype: torch.dtype, packing: PackFormat) -> int:
+    """Bytes of a packed matrix of ``shape`` (out_features, in_features)."""
+    if packing == "int8":
+        return int8_nbytes(*shape)
+    if packing == "int4":
+        return int4_nbytes(*shape, dtype)
+    return shape[0] * shape[1] * dtype.itemsize
 
 
 @functools.cache
@@ -62,31 +93,44 @@ def _packed_dtypes() -> frozenset[torch.dtype]:
     return frozenset((torch.float32,))
 
 
-def pack_weight(weight: Tensor) -> PackedWeight:
-    """Pack a copy of ``weight`` [out_features, in_features], contiguous; `packs` its dtype."""
+def pack_matrix(weight: Tensor, packing: PackFormat) -> PackedMatrix:
+    """Pack a copy of ``weight`` [out_features, in_features], contiguous and finite.
+
+    ``packing`` is what `pack_format` allows for it.
+    """
+    if packing == "int8":
+        return pack_int8(weight)
+    if packing == "int4":
+        return pack_int4(weight, weight.dtype)
     return PackedWeight(torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS_HINT))
 
 
 def packed_linear(
     x: Tensor,
-    weight: PackedWeight,
+    weight: PackedMatrix,
     bias: Tensor | None = None,
     *,
     out_dtype: torch.dtype | None = None,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """Return ``x @ weight.T + bias``.
 
     Args:
-        x: [num_tokens, in_features], dtype of ``weight``; rows may be strided.
-        weight: what `pack_weight` made.
-        bias: [out_features], dtype of ``weight``, or None.
-        out_dtype: of the result; None for that of ``weight``. The sum is rounded to the dtype of
-            ``weight`` first.
+        x: [num_tokens, in_features], the dtype the weight had; rows may be strided.
+        weight: what `pack_matrix` made.
+        bias: [out_features], dtype of ``x``, or None.
+        out_dtype: of the result; None for that of ``x``. The sum is rounded to that of ``x`` first,
+            but not with int8.
+        batch_invariant: with int4, take the kernel that does not follow the number of rows.
 
     Returns:
-        [num_tokens, out_features] in ``out_dtype``. In fp32 a row has the same bits in any batch,
-        for a fixed number of threads.
+        [num_tokens, out_features] in ``out_dtype``. In fp32, with int8, and with int4 if
+        ``batch_invariant`` a row has the same bits in any batch, for a fixed number of threads.
     """
+    if isinstance(weight, Int8Weight):
+        return int8_linear(x, weight, bias, out_dtype=out_dtype)
+    if isinstance(weight, Int4Weight):
+        return int4_linear(x, weight, bias, out_dtype=out_dtype, batch_invariant=batch_invariant)
     num_tokens, dtype = x.shape[0], weight.matrix.dtype
     if num_tokens == 0:
         return x.new_empty((0, weight.matrix.shape[0]), dtype=out_dtype or dtype)

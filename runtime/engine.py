@@ -16,11 +16,13 @@ from typing import Protocol
 
 import torch
 
+from kernels.packed_linear import PackFormat
 from runtime.admission import admit
 from runtime.constraints import Constraints
 from runtime.engine_config import EngineConfig, EngineInfo, resolve_pages
 from runtime.errors import ConfigError
 from runtime.models.layers import Fp8Format, Placement
+from runtime.packing import bytes_added
 from runtime.request import FinishReason, SamplingParams, Sequence, TokenEvent, TokenLogprobs
 from runtime.runner import ModelRunner
 from runtime.scheduler import Plan, SampledToken, Scheduler
@@ -117,9 +119,10 @@ class Engine:
         config.resolve_model_len(checkpoint.config.max_position_embeddings)
         dtype = config.resolve_dtype(device, checkpoint.dtype, checkpoint.num_parameters)
         fp8 = config.resolve_fp8(device, checkpoint.fp8)
-        placement = Placement(device, dtype, fp8, config.batch_invariant, pack=True)
+        packing = config.resolve_packing(device)
+        placement = Placement(device, dtype, fp8, config.batch_invariant, packing)
         model = build_model(checkpoint, placement, config.max_model_len)
-        num_weight_bytes = weight_bytes(model)
+        num_weight_bytes = weight_bytes(model) + bytes_added(model)
         bytes_per_token = cache_bytes_per_token(model, dtype)
         num_pages, max_model_len, max_num_seqs = resolve_pages(
             config,
@@ -144,7 +147,7 @@ class Engine:
             weight_bytes=num_weight_bytes,
             device=str(device),
             dtype=str(dtype).removeprefix("torch."),
-            quantization=_describe(fp8),
+            quantization=_describe(fp8, packing),
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
             max_step_tokens=config.max_step_tokens
@@ -340,7 +343,9 @@ class Engine:
         return assembler.stopped or event.finish_reason is not None
 
 
-def _describe(fp8: Fp8Format | None) -> str:
+def _describe(fp8: Fp8Format | None, packing: PackFormat | None) -> str:
+    if packing in ("int8", "int4"):
+        return packing
     if fp8 is None:
         return "none"
     return "fp8 (W8A16)" if fp8.activations is None else f"fp8 (W8A8, {fp8.activations} scales)"

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 from kernels.dispatch import multiplies_fp8
+from kernels.int8_linear import multiplies_int8
+from kernels.packed_linear import PackFormat
 from kernels.quant import ActivationScale
 from runtime.config import Fp8Checkpoint
 from runtime.errors import ConfigError
@@ -38,7 +40,7 @@ class EngineConfig:
     max_model_len: int | None = None  # tokens of prompt and answer together
     max_num_seqs: int | None = None  # sequences running at once
     max_step_tokens: int | None = None  # tokens of one step: decodes and prompt chunks together
-    quantization: str = "auto"  # auto: as stored | none: matrices in dtype | fp8
+    quantization: str = "auto"  # auto: as stored | none: matrices in dtype | fp8 | int8 | int4
     fp8_activations: str = "auto"  # auto: if meant so and the chip multiplies fp8 | on | off
     yarn_attn_factor: str = "checkpoint"  # checkpoint: as config.json says | ignore
     page_size: int = DEFAULT_PAGE_SIZE  # tokens in a page of the KV cache
@@ -56,7 +58,7 @@ class EngineConfig:
             raise ConfigError(f"--device {self.device!r} is not one of auto, cpu, cuda, cuda:N")
         for name, allowed in (
             ("dtype", ("auto", "float32", "bfloat16", "float16")),
-            ("quantization", ("auto", "none", "fp8")),
+            ("quantization", ("auto", "none", "fp8", "int8", "int4")),
             ("fp8_activations", ("auto", "on", "off")),
             ("yarn_attn_factor", ("checkpoint", "ignore")),
             ("cuda_graphs", ("lazy", "start", "off")),
@@ -123,9 +125,26 @@ class EngineConfig:
             dtype = getattr(torch, self.dtype)
             assert isinstance(dtype, torch.dtype)
             return dtype
-        if device.type == "cpu" and 4 * num_parameters <= CPU_FLOAT32_BYTES:
+        is_quantized = self.quantization in ("int8", "int4")  # for less memory, so that stays less
+        is_small = 4 * num_parameters <= CPU_FLOAT32_BYTES and not is_quantized
+        if device.type == "cpu" and is_small:
             return torch.float32
         return checkpoint_dtype
+
+    def resolve_packing(self, device: torch.device) -> PackFormat | None:
+        """How linear layers are packed. Raises `ConfigError` for what this device cannot do."""
+        if self.quantization not in ("int8", "int4"):
+            return "dtype" if device.type == "cpu" else None
+        if device.type != "cpu":
+            raise ConfigError(
+                f"--quantization {self.quantization} is for CPUs; on a GPU use fp8, or --device cpu"
+            )
+        if not multiplies_int8():
+            raise ConfigError(
+                f"--quantization {self.quantization} needs a CPU with AVX-512 or VNNI, whose int8 "
+                "products are exact; use none"
+            )
+        return "int8" if self.quantization == "int8" else "int4"
 
     def resolve_fp8(self, device: torch.device, stored: Fp8Checkpoint | None) -> Fp8Format | None:
         """How matrices are kept in FP8, None if they are not. Raises `ConfigError`.
@@ -158,7 +177,7 @@ class EngineInfo:
     weight_bytes: int
     device: str
     dtype: str
-    quantization: str  # of matrices: none, fp8 (W8A16) or fp8 with fp8 activations (W8A8)
+    quantization: str  # of matrices: none, fp8 (W8A16 or W8A8), int8 or int4
     max_model_len: int
     max_num_seqs: int
     max_step_tokens: int

@@ -14,8 +14,8 @@ from runtime.models.layers import Linear, Targets
 class Packing:
     """Packs each linear layer once all its parts are read, and lets go of what was read.
 
-    Fresh memory is only taken as it is written, so the peak is the model, one matrix more, and a
-    head whose weights embed the tokens too: those are kept both ways.
+    Fresh memory is only taken as it is written, so the peak is the packed model and one matrix; a
+    head whose weights embed the tokens too is kept both ways.
     """
 
     def __init__(self, model: CausalLM, targets: Targets) -> None:
@@ -24,7 +24,7 @@ class Packing:
         self._layers = {
             _storage(layer.weight): layer
             for layer in _linears(model)
-            if layer.may_pack and isinstance(layer.weight, Tensor)
+            if layer.packing is not None and isinstance(layer.weight, Tensor)
         }
         self._parts: dict[int, set[str]] = defaultdict(set)  # of each layer's weight, not read yet
         self._read: dict[int, list[str]] = defaultdict(list)
@@ -44,6 +44,15 @@ class Packing:
             for part in self._read.pop(storage):
                 del self._targets[part]
             self._layers.pop(storage).pack()
+
+
+def bytes_added(model: CausalLM) -> int:
+    """What packing will add to the bytes of a model's parameters; below 0 where it quantizes."""
+    added = 0
+    for layer in _linears(model):
+        if layer.packing is not None and isinstance(layer.weight, Tensor):
+            added += layer.packed_nbytes - (0 if layer.is_shared else layer.weight.nbytes)
+    return added
 
 
 def _storage(tensor: Tensor) -> int:

@@ -275,7 +275,7 @@ def build_model(
 
 
 def weight_bytes(model: CausalLM) -> int:
-    """Bytes of all parameters."""
+    """Bytes of all parameters, before any is packed."""
     return sum(target.nbytes for target in model.weight_targets().values())
 
 

@@ -135,7 +135,7 @@ class Decoder:
         self.lm_head = Linear(
             config.hidden_size,
             {"lm_head": config.vocab_size},
-            placement.unquantized,
+            placement.for_head,
             shared=self.embed_tokens if config.tie_word_embeddings else None,
         )
         self.cos_sin = torch.empty(0, device=placement.device)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kernels.linear import linear
-from kernels.moe import moe_experts, route_noaux_tc, route_softmax
+from kernels.moe import ExpertWeights, moe_experts, route_noaux_tc, route_softmax
 from kernels.quant import Fp8Weight
 from runtime.config import MAX_WIDTH, Fields
 from runtime.models.layers import GatedMLP, Placement, Targets, matrix_targets
@@ -132,8 +132,12 @@ class MoE:
         self.num_experts = config.num_experts
         self.hidden_size, self.intermediate_size = hidden_size, size
         self.router = router
-        self.gate_up = placement.matrix([size, size], hidden_size, config.num_experts)
-        self.down = placement.matrix([hidden_size], size, config.num_experts)
+        self.experts: list[GatedMLP] = []  # each on its own if they are packed one by one
+        if placement.quantizes_packed:
+            self.experts = [GatedMLP(hidden_size, size, placement) for _ in range(self.num_experts)]
+        else:
+            self.gate_up = placement.matrix([size, size], hidden_size, config.num_experts)
+            self.down = placement.matrix([hidden_size], size, config.num_experts)
         self.shared_experts = GatedMLP(hidden_size, config.num_shared_experts * size, placement)
         self.batch_invariant = placement.batch_invariant
 
@@ -143,8 +147,7 @@ class MoE:
             x,
             expert_ids,
             expert_weights,
-            self.gate_up,
-            self.down,
+            *self._weights(),
             self.shared_experts(x),
             batch_invariant=self.batch_invariant,
         )
@@ -156,12 +159,22 @@ class MoE:
         }
         for expert_id in range(self.num_experts):
             expert = f"{prefix}experts.{expert_id}."
+            if self.experts:
+                targets |= self.experts[expert_id].targets(expert)
+                continue
             gate_up = [f"{expert}gate_proj.weight", f"{expert}up_proj.weight"]
             sizes = [self.intermediate_size, self.intermediate_size]
             targets |= matrix_targets(gate_up, sizes, _expert(self.gate_up, expert_id))
             down = [f"{expert}down_proj.weight"]
             targets |= matrix_targets(down, [self.hidden_size], _expert(self.down, expert_id))
         return targets
+
+    def _weights(self) -> tuple[ExpertWeights, ExpertWeights]:
+        """``(gate_up, down)`` of all experts."""
+        if not self.experts:
+            return self.gate_up, self.down
+        gate_up = [expert.gate_up_proj.packed for expert in self.experts]
+        return gate_up, [expert.down_proj.packed for expert in self.experts]
 
 
 def dense_or_experts(

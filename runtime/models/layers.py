@@ -17,7 +17,14 @@ from torch import Tensor
 from kernels.activation import silu_and_mul
 from kernels.linear import linear, linear_silu_and_mul
 from kernels.norm import add_rms_norm, rms_norm
-from kernels.packed_linear import PackedWeight, pack_weight, packed_linear, packs
+from kernels.packed_linear import (
+    PackedMatrix,
+    PackFormat,
+    pack_format,
+    pack_matrix,
+    packed_linear,
+    packed_nbytes,
+)
 from kernels.quant import BLOCK, ActivationScale, Fp8Weight, fp8_linear, num_blocks
 from kernels.rope import (
     default_inv_freq,
@@ -45,20 +52,32 @@ class Placement:
     """Where parameters live, in which dtype, and how products with them are to be computed.
 
     With ``fp8`` matrices are kept in FP8 instead. With ``batch_invariant`` a token's bits do not
-    follow the number of tokens in a step; in fp32 on a CPU they never do. With ``pack`` a CPU's
-    linear layers are packed as they are loaded, where that pays (`kernels.packed_linear`).
+    follow the number of tokens in a step; in fp32 on a CPU they never do. With ``packing`` a CPU's
+    linear layers and experts are packed as they are loaded (`kernels.packed_linear`), to their own
+    dtype where that pays, or to int8 or int4.
     """
 
     device: torch.device
     dtype: torch.dtype
     fp8: Fp8Format | None = None
     batch_invariant: bool = False
-    pack: bool = False
+    packing: PackFormat | None = None
 
     @property
     def unquantized(self) -> Placement:
-        """For the matrices that FP8 checkpoints keep in ``dtype``."""
-        return replace(self, fp8=None)
+        """For the matrices that quantized models keep in ``dtype``."""
+        return replace(self, fp8=None, packing=self.packing and "dtype")
+
+    @property
+    def quantizes_packed(self) -> bool:
+        """Whether packed matrices become int8 or int4."""
+        return self.packing in ("int8", "int4")
+
+    @property
+    def for_head(self) -> Placement:
+        """For the product that gives logits: what it loses is not made up for by later layers."""
+        packing: PackFormat | None = "int8" if self.packing == "int4" else self.packing
+        return replace(self, fp8=None, packing=packing)
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
@@ -112,33 +131,36 @@ class Linear:
         """``shared`` is the weight of another layer, for W to be that too."""
         self.parts = dict(parts)
         sizes = list(self.parts.values())
-        self.weight: Tensor | Fp8Weight | PackedWeight
+        self.weight: Tensor | Fp8Weight | PackedMatrix
         self.weight = placement.matrix(sizes, in_features) if shared is None else shared
         self.bias = placement.empty(sum(sizes)) if bias else None
         self.batch_invariant = placement.batch_invariant
-        self.may_pack = (
-            placement.pack
-            and isinstance(self.weight, Tensor)
-            and packs(
+        self.is_shared = shared is not None
+        self.shape = sum(sizes), in_features
+        self.packing: PackFormat | None = None
+        """What `pack` makes of the weight; None if that stays as it is."""
+        if isinstance(self.weight, Tensor):
+            self.packing = pack_format(
+                self.shape,
                 placement.dtype,
                 placement.device,
-                self.weight.numel(),
+                placement.packing,
                 placement.batch_invariant,
             )
-        )
 
     def __call__(self, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
         """[num_tokens, in_features] to [num_tokens, out_features].
 
         ``out_dtype`` is as in `kernels.linear.linear`; weights in FP8 take none.
         """
-        if isinstance(self.weight, PackedWeight):
-            return packed_linear(x, self.weight, self.bias, out_dtype=out_dtype)
         if isinstance(self.weight, Fp8Weight):
             assert out_dtype is None
             return fp8_linear(x, self.weight, self.bias, batch_invariant=self.batch_invariant)
-        return linear(
-            x, self.weight, self.bias, out_dtype=out_dtype, batch_invariant=self.batch_invariant
+        invariant = self.batch_invariant
+        if isinstance(self.weight, Tensor):
+            return linear(x, self.weight, self.bias, out_dtype=out_dtype, batch_invariant=invariant)
+        return packed_linear(
+            x, self.weight, self.bias, out_dtype=out_dtype, batch_invariant=invariant
         )
 
     def silu_and_mul(self, x: Tensor) -> Tensor:
@@ -150,7 +172,7 @@ class Linear:
     def targets(self, prefix: str) -> Targets:
         sizes = list(self.parts.values())
         names = [f"{prefix}{name}.weight" for name in self.parts]
-        assert not isinstance(self.weight, PackedWeight), "targets are asked for before loading"
+        assert isinstance(self.weight, Tensor | Fp8Weight), "targets are asked for before loading"
         targets = matrix_targets(names, sizes, self.weight)
         if self.bias is not None:
             biases = zip(self.parts, self.bias.split_with_sizes(sizes), strict=True)
@@ -159,8 +181,20 @@ class Linear:
 
     def pack(self) -> None:
         """Put the packed weight in the place of the loaded one."""
-        assert isinstance(self.weight, Tensor)
-        self.weight = pack_weight(self.weight)
+        assert isinstance(self.weight, Tensor) and self.packing is not None
+        self.weight = pack_matrix(self.weight, self.packing)
+
+    @property
+    def packed(self) -> PackedMatrix:
+        """The weight once it is packed."""
+        assert not isinstance(self.weight, Tensor | Fp8Weight)
+        return self.weight
+
+    @property
+    def packed_nbytes(self) -> int:
+        """Bytes that `pack` makes."""
+        assert isinstance(self.weight, Tensor) and self.packing is not None
+        return packed_nbytes(self.shape, self.weight.dtype, self.packing)
 
 
 class RMSNorm:

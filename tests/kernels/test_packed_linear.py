@@ -10,12 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels.packed_linear import pack_weight, packed_linear, packs
+from kernels.packed_linear import pack_format, pack_matrix, packed_linear
 from tests.kernels.passes import assert_matches, assert_test_has_power
 from tests.kernels.test_linear import draw
 
 CPU = torch.device("cpu")
-PACKED = [dtype for dtype in (torch.float32, torch.bfloat16) if packs(dtype, CPU, 1 << 20)]
+LARGE = (1024, 1024)
+PACKED = [
+    dtype
+    for dtype in (torch.float32, torch.bfloat16)
+    if pack_format(LARGE, dtype, CPU, "dtype") == "dtype"
+]
 
 pytestmark = pytest.mark.skipif(not PACKED, reason="this CPU or pass packs no weights")
 
@@ -34,7 +39,7 @@ def test_agrees_with_float64(
     weight = draw(out_features, in_features, seed=1).to(dtype)
     bias = draw(out_features, seed=2).to(dtype) if with_bias else None
     oracle = x.double() @ weight.double().T + (0.0 if bias is None else bias.double())
-    packed = pack_weight(weight)
+    packed = pack_matrix(weight, "dtype")
     weight.fill_(float("nan"))  # the packed weight is a copy
     actual = packed_linear(x, packed, bias)
     assert actual.dtype == dtype
@@ -46,7 +51,7 @@ def test_agrees_with_float64(
 
 @pytest.mark.parametrize("dtype", PACKED)
 def test_no_rows_give_no_rows(dtype: torch.dtype) -> None:
-    packed = pack_weight(draw(4, 8).to(dtype))
+    packed = pack_matrix(draw(4, 8).to(dtype), "dtype")
     out = packed_linear(torch.empty(0, 8, dtype=dtype), packed, out_dtype=torch.float32)
     assert out.shape == (0, 4) and out.dtype == torch.float32
 
@@ -54,7 +59,7 @@ def test_no_rows_give_no_rows(dtype: torch.dtype) -> None:
 def assert_rows_ignore_neighbours(in_features: int, out_features: int) -> None:
     x = draw(150, in_features)
     weight, bias = draw(out_features, in_features, seed=1), draw(out_features, seed=2)
-    packed = pack_weight(weight)
+    packed = pack_matrix(weight, "dtype")
     whole = packed_linear(x, packed, bias)
     for num_rows in (*range(1, 20), 31, 32, 33, 48, 64, 65, 100, 149):
         assert torch.equal(packed_linear(x[:num_rows], packed, bias), whole[:num_rows]), num_rows
@@ -81,7 +86,7 @@ def test_the_same_with_the_instructions_of_other_cpus(instructions: str) -> None
 
 
 def test_what_cannot_keep_its_promise_or_does_not_pay_is_not_packed() -> None:
-    assert not packs(torch.bfloat16, CPU, 1 << 20, batch_invariant=True)
-    assert packs(torch.float32, CPU, 1 << 20, batch_invariant=True)
-    assert not packs(torch.float32, torch.device("cuda"), 1 << 20)
-    assert not packs(torch.float32, CPU, 192 * 576)  # would be slower
+    assert pack_format(LARGE, torch.bfloat16, CPU, "dtype", batch_invariant=True) is None
+    assert pack_format(LARGE, torch.float32, CPU, "dtype", batch_invariant=True) == "dtype"
+    assert pack_format(LARGE, torch.float32, torch.device("cuda"), "dtype") is None
+    assert pack_format((192, 576), torch.float32, CPU, "dtype") is None  # would be slower

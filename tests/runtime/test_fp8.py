@@ -157,8 +157,9 @@ def test_flags_decide_the_format() -> None:
     assert resolve(None, quantization="fp8", fp8_activations="on") == Fp8Format("float32")
     with pytest.raises(ConfigError, match="--fp8-activations on needs FP8 weights"):
         resolve(None, fp8_activations="on")
-    with pytest.raises(ConfigError, match="--quantization 'int4' is not one of auto, none, fp8"):
-        EngineConfig(model="m", quantization="int4")
+    allowed = "auto, none, fp8, int8, int4"
+    with pytest.raises(ConfigError, match=f"--quantization 'int3' is not one of {allowed}"):
+        EngineConfig(model="m", quantization="int3")
 
 
 MEASURE = """
