@@ -20,6 +20,7 @@ import contextlib
 import statistics
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -41,7 +42,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("folder", help="a checkpoint")
     parser.add_argument("--dtype", nargs="+", choices=["bfloat16", "float32"], default=["bfloat16"])
-    parser.add_argument("--quantization", nargs="*", default=[], help="of ours, as sides more")
+    parser.add_argument(
+        "--quantization", nargs="*", choices=["int8", "int4"], default=[], help="more sides of ours"
+    )
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--new", type=int, default=64)
@@ -60,6 +63,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     if (options.llama_bench is None) != (options.gguf is None):
         parser.error("--llama-bench needs the weights as --gguf FILE, and the other way round")
     return options
+
+
+def quantized_name(kind: str) -> str:
+    return f"{OURS} {kind}"
 
 
 def open_sides(
@@ -85,7 +92,7 @@ def open_sides(
         server = (options.llama_server, options.server_key, options.server_model)
         makers.append((ServerSide.name, lambda: ServerSide(*server)))
     for kind in options.quantization:
-        named = f"{OURS} {kind}"
+        named = quantized_name(kind)
         more = [*flags, "--quantization", kind]
         makers.append((named, lambda n=named, f=more: EngineSide(n, "fathom", options.folder, f)))
     sides: list[Side] = []
@@ -128,12 +135,16 @@ def run_rounds(
 
 
 def rows_of(
-    job: Job, times: dict[str, list[Times]], ceiling: float, dtype: str
+    job: Job, times: dict[str, list[Times]], ceilings: Mapping[str, float], dtype: str
 ) -> list[dict[str, Any]]:
-    """A row per side: medians, and the medians of ours over theirs, round by round."""
+    """A row per side: medians, and the medians of ours over theirs, round by round.
+
+    ``ceilings`` are in tokens/s, by the name of the side; others have that of `OURS`.
+    """
     rows = []
     ours = times.get(OURS, [])
     for name, taken in times.items():
+        ceiling = ceilings.get(name, ceilings[OURS])
         prefill = [one.prefill_tok_s(job) for one in taken]
         decode = [one.decode_tok_s for one in taken]
         pairs = list(zip(ours, taken, strict=True)) if ours else []
@@ -187,7 +198,10 @@ def main() -> int:
     try:
         for dtype in options.dtype:
             vocab_size = inspect_checkpoint(find_checkpoint(options.folder)).config.vocab_size
-            floor, _ = checkpoint_floor(options.folder, getattr(torch, dtype))
+            floors = {OURS: checkpoint_floor(options.folder, getattr(torch, dtype))[0]}
+            for kind in options.quantization:
+                floor, _ = checkpoint_floor(options.folder, getattr(torch, dtype), kind)
+                floors[quantized_name(kind)] = floor
             with contextlib.ExitStack() as stack:
                 sides, failed = open_sides(options, dtype, stack)
                 for batch in options.batch:
@@ -197,8 +211,12 @@ def main() -> int:
                     num_left -= 1
                     times = run_rounds(sides, job, options.rounds, share, failed)
                     bandwidth = max(bandwidth, read_bandwidth())  # others may have been busy once
-                    read = floor.step_bytes(batch, options.prompt + options.new / 2)
-                    new_rows = rows_of(job, times, batch * bandwidth / read, dtype)
+                    context = options.prompt + options.new / 2
+                    ceilings = {
+                        name: batch * bandwidth / floor.step_bytes(batch, context)
+                        for name, floor in floors.items()
+                    }
+                    new_rows = rows_of(job, times, ceilings, dtype)
                     print_rows(new_rows)
                     rows += [row | {"read_bandwidth_bytes_s": bandwidth} for row in new_rows]
                 for side in sides:

@@ -5,7 +5,8 @@
     throughput   the embedded model, offline, by batch size
     serving      the embedded model through HTTP against the engine alone
     checkpoint   random weights of the shape that is compared (Qwen2.5-0.5B)
-    compare      that checkpoint through our engine and transformers, bf16 and fp32
+    compare      that checkpoint through our engine and transformers, bf16 (also our int8 and int4)
+                 and fp32
     latency      its time to the first token and per token, by batch and by context
 
 Each part is a process with a time limit; slow machines take fewer rounds, and a part that fails
@@ -33,7 +34,7 @@ from benchmarks.machine import ROOT, date, record, usable_cores
 
 SHAPE = "qwen2.5_0.5b"
 MADE = Path("build") / SHAPE  # below the root, kept for who wants to run a part by hand
-NEEDED_GIB = 6.0  # two engines in bf16, then in fp32, one of them while it repacks its weights
+NEEDED_GIB = 7.0  # four engines, transformers' with weights in bf16 or fp32 as they are
 END_SECONDS = 10.0
 
 
@@ -66,6 +67,7 @@ def plan(checkpoint: Path, threads: int, *, tiny: bool) -> list[Part]:
         points += ["--rounds", "3", "--steps", "4"]
     folder = str(checkpoint)
     one = ["--batch", "1"]
+    quantized = ["--quantization", "int8", "int4"]
 
     def compared(*more: str) -> list[str]:
         return ["benchmarks.compare", folder, *few, *short, *sizes, *more]
@@ -79,7 +81,7 @@ def plan(checkpoint: Path, threads: int, *, tiny: bool) -> list[Part]:
         Part("throughput", ["benchmarks.throughput", *few, *short, *sizes], 60),
         *(served(count, *load) for count, load in streams.items()),
         Part("checkpoint", ["benchmarks.make_checkpoint", SHAPE, folder, *shape], 40, False),
-        Part("compare bf16", compared(), 150, needs="checkpoint"),
+        Part("compare bf16", compared(*quantized), 210, needs="checkpoint"),
         Part("compare fp32", compared("--dtype", "float32", *one), 100, needs="checkpoint"),
         Part(
             "latency",

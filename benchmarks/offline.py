@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 
@@ -9,8 +10,10 @@ import numpy as np
 import torch
 
 from benchmarks.floors import Floor, model_floor
+from kernels.packed_linear import PackFormat
 from runtime import Engine, SamplingParams, find_checkpoint, inspect_checkpoint
 from runtime.models.layers import Placement
+from runtime.packing import linear_layers
 
 FIRST_ID = 3  # ids below are control tokens in the embedded model's vocabulary
 
@@ -75,18 +78,32 @@ def run_batch(engine: Engine, prompts: list[list[int]], num_new: int) -> BatchTi
 def floor_of(engine: Engine) -> Floor:
     """What a step of the engine's model reads, as its weights lie in memory."""
     info = engine.info
-    floor, full = checkpoint_floor(info.model, getattr(torch, info.dtype))
-    # A quantized engine says how many bytes its weights take; the parts shrink alike, about.
+    dtype = getattr(torch, info.dtype)
+    if info.quantization in ("int8", "int4"):
+        return checkpoint_floor(info.model, dtype, info.quantization)[0]
+    floor, full = checkpoint_floor(info.model, dtype)
+    # An engine in FP8 says how many bytes its weights take; the parts shrink alike, about.
     return floor.scaled(min(info.weight_bytes / full, 1.0))
 
 
-def checkpoint_floor(model: str, dtype: torch.dtype) -> tuple[Floor, int]:
-    """A checkpoint's floor in ``dtype``, and the bytes of its weights.
+def checkpoint_floor(
+    model: str, dtype: torch.dtype, quantization: str | None = None
+) -> tuple[Floor, int]:
+    """A checkpoint's floor in ``dtype``, and the bytes of its weights before any is packed.
 
-    Counted on the meta device, since an engine may repack its weights once they are loaded.
+    With ``quantization``, int8 or int4, the floor is that of packed linear layers. Counted on the
+    meta device, since an engine packs its weights as they are loaded.
     """
     checkpoint = inspect_checkpoint(find_checkpoint(model))
-    placement = Placement(torch.device("meta"), dtype)
+    packing: PackFormat | None = None
+    if quantization is not None:
+        packing = "int8" if quantization == "int8" else "int4"
+    placement = Placement(torch.device("meta"), dtype, packing=packing)
     meta = checkpoint.family.build(checkpoint.config, placement, 1)
     num_bytes = sum(target.nbytes for target in meta.weight_targets().values())
-    return model_floor(meta, dtype.itemsize), num_bytes
+    floor = model_floor(meta, dtype.itemsize)
+    packed = [layer for layer in linear_layers(meta) if layer.packing is not None]
+    if packed:  # the rest is small
+        whole = sum(math.prod(layer.shape) * dtype.itemsize for layer in packed)
+        floor = floor.scaled(sum(layer.packed_nbytes for layer in packed) / whole)
+    return floor, num_bytes

@@ -23,7 +23,7 @@ class Packing:
         self._targets = targets
         self._layers = {
             _storage(layer.weight): layer
-            for layer in _linears(model)
+            for layer in linear_layers(model)
             if layer.packing is not None and isinstance(layer.weight, Tensor)
         }
         self._parts: dict[int, set[str]] = defaultdict(set)  # of each layer's weight, not read yet
@@ -49,7 +49,7 @@ class Packing:
 def bytes_added(model: CausalLM) -> int:
     """What packing will add to the bytes of a model's parameters; below 0 where it quantizes."""
     added = 0
-    for layer in _linears(model):
+    for layer in linear_layers(model):
         if layer.packing is not None and isinstance(layer.weight, Tensor):
             added += layer.packed_nbytes - (0 if layer.is_shared else layer.weight.nbytes)
     return added
@@ -59,13 +59,13 @@ def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def _linears(part: object) -> Iterator[Linear]:
+def linear_layers(part: object) -> Iterator[Linear]:
     """Every linear layer in ``part``, found by its attributes."""
     if isinstance(part, Linear):
         yield part
     elif isinstance(part, list):
         for item in part:
-            yield from _linears(item)
+            yield from linear_layers(item)
     elif type(part).__module__.startswith("runtime.models"):
         for attribute in getattr(part, "__dict__", {}).values():
-            yield from _linears(attribute)
+            yield from linear_layers(attribute)

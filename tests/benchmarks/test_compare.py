@@ -67,12 +67,13 @@ def test_sides_run_in_turn_and_ratios_are_of_the_same_round() -> None:
     times = run_rounds([ours, theirs, broken], JOB, 3, 60.0, failures)
     assert log == ["fathom", "peer", "broken"] * 3 + ["fathom", "peer"]
     assert failures == {"broken": "enough"} and list(times) == ["fathom", "peer"]
-    mine, other = rows_of(JOB, times, ceiling=10.0, dtype="bfloat16")
+    mine, other = rows_of(JOB, times, {"fathom": 10.0, "peer": 5.0}, "bfloat16")
     assert other["decode_ratio"] == other["prefill_ratio"] == pytest.approx(3.0)
     assert mine["decode_ratio"] == 1.0
     assert mine["prefill_tok_s"] == pytest.approx(12 / 2.0)
     assert other["decode_tok_s"] == pytest.approx(6 / 8.0)
     assert mine["percent"] == pytest.approx(100 * 1.5 / 10.0)
+    assert other["percent"] == pytest.approx(100 * 0.75 / 5.0)
 
 
 def test_no_round_but_the_first_begins_too_late() -> None:

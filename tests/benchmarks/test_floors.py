@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from benchmarks.floors import Floor, model_floor
+from benchmarks.machine import ROOT
+from benchmarks.offline import checkpoint_floor
 from benchmarks.random_models import build, config_json, fill
 
 H200_BYTES_PER_S = 4.3e12  # usable, measured by a device copy
@@ -86,6 +88,18 @@ def test_a_tied_head_is_read_once() -> None:
         )
         sizes.append(model_floor(model, 2).weight_bytes(1))
     assert sizes[0] == sizes[1]
+
+
+def test_int8_and_int4_read_fewer_bytes() -> None:
+    """Of the embedded model; some of its matrices do not divide into int4 groups."""
+    model = str(ROOT / "weights" / "fathom-tiny")
+    whole, num_bytes = checkpoint_floor(model, torch.bfloat16)
+    int8, same_bytes = checkpoint_floor(model, torch.bfloat16, "int8")
+    int4, _ = checkpoint_floor(model, torch.bfloat16, "int4")
+    assert num_bytes == same_bytes
+    assert 0.5 < int8.weight_bytes(8) / whole.weight_bytes(8) < 0.52
+    assert 0.3 < int4.weight_bytes(8) / whole.weight_bytes(8) < 0.5
+    assert int8.cache_bytes_per_token == whole.cache_bytes_per_token
 
 
 def test_random_weights_are_spread_and_norms_stand_around_one() -> None:
