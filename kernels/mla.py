@@ -30,10 +30,9 @@ from kernels.attention import (
     MAX_GATHERED_ROWS,
     attend_chunk,
     attend_decodes,
-    chunks_of,
-    decode_groups,
+    future_keys,
     gather_heads,
-    gathered_slots,
+    plan_of,
 )
 from kernels.batch import PagedBatch
 from kernels.dispatch import use_triton
@@ -131,26 +130,28 @@ def sparse_mla_attention(
         positions = selected[rows].long()  # [num_rows, top_k]
         ids = batch.block_table[seq_ids[rows]].gather(1, positions // page_size)
         slots = ids.long() * page_size + positions % page_size
-        latents = gather_heads(pages, slots, range(1))  # [num_rows, 1, top_k, rank + rope]
-        lens = torch.full((len(rows),), top_k)
-        attended[rows] = attend_decodes(q[rows], latents, latents[..., :rank], lens)
+        latents = gather_heads(pages, slots, range(1)).transpose(1, 2)
+        values = latents[..., :rank]  # [num_rows, top_k, 1, rank]
+        attended[rows] = attend_decodes(q[rows], [latents], [values], rank)
     return expand_values(attended.to(q_nope.dtype), kv_b_weight[:, nope:], batch_invariant)
 
 
 def _attend_all(q: Tensor, latent_cache: Tensor, rank: int, batch: PagedBatch) -> Tensor:
     """Attended latents [num_tokens, num_heads, rank] of scaled [..., rank + rope], all in fp32."""
     pages = latent_cache.unsqueeze(2)  # [num_pages, page_size, 1, rank + rope]
-    page_size = latent_cache.shape[1]
     attended = q.new_empty((*q.shape[:2], rank))
-    for seqs in decode_groups(batch):
-        slots, lens = gathered_slots(batch, seqs, page_size)
-        latents = gather_heads(pages, slots, range(1))  # [num_seqs, 1, num_keys, rank + rope]
-        attended[seqs] = attend_decodes(q[seqs], latents, latents[..., :rank], lens)
-    for seq, rows in chunks_of(batch):
-        slots, _ = gathered_slots(batch, torch.tensor([seq]), page_size)
-        latents = gather_heads(pages, slots, range(1))[0]  # [1, num_keys, rank + rope]
-        first = int(batch.positions[rows.start])
-        attended[rows] = attend_chunk(q[rows], latents, latents[..., :rank], first)
+    plan = plan_of(batch, pages)
+    for contexts in plan.decodes:
+        latents = [span.load(pages) for span in contexts.spans]
+        values = [span[..., :rank] for span in latents]
+        rows = q[contexts.tokens]
+        attended[contexts.tokens] = attend_decodes(rows, latents, values, rank, contexts.beyond)
+    for contexts in plan.chunks:
+        future = batch.once(future_keys, q.shape[1])
+        (span,) = contexts.spans
+        keys = span.load(pages)  # [1, num_keys, 1, rank + rope]
+        rows = q[contexts.tokens]
+        attended[contexts.tokens] = attend_chunk(rows, keys, keys[..., :rank], contexts, future)
     return attended
 
 

@@ -61,6 +61,7 @@ class GroupedQueryAttention:
     ) -> None:
         self.heads = heads
         self.scale = heads.head_dim**-0.5
+        self.batch_invariant = placement.batch_invariant
         qkv = {"q_proj": heads.q_size, "k_proj": heads.kv_size, "v_proj": heads.kv_size}
         self.qkv_proj = Linear(hidden_size, qkv, placement, bias=qkv_bias)
         self.o_proj = Linear(heads.q_size, {"o_proj": hidden_size}, placement, bias=output_bias)
@@ -70,7 +71,9 @@ class GroupedQueryAttention:
     ) -> Tensor:
         q, k, v = split_heads(self.qkv_proj(x), self.heads)
         q = rope_and_write_kv(q, k, v, cos_sin, batch, cache["k"], cache["v"])
-        out = paged_attention(q, cache["k"], cache["v"], batch, self.scale)
+        out = paged_attention(
+            q, cache["k"], cache["v"], batch, self.scale, batch_invariant=self.batch_invariant
+        )
         return self.o_proj(out.flatten(1))  # [num_tokens, hidden]
 
     def targets(self, prefix: str) -> Targets:

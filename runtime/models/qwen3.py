@@ -44,6 +44,7 @@ class Qwen3Attention:
     def __init__(self, config: Qwen3Config, placement: Placement) -> None:
         self.heads = heads = config.heads
         self.scale = heads.head_dim**-0.5
+        self.batch_invariant = placement.batch_invariant
         qkv = {"q_proj": heads.q_size, "k_proj": heads.kv_size, "v_proj": heads.kv_size}
         self.qkv_proj = Linear(config.hidden_size, qkv, placement)
         self.q_norm = RMSNorm(heads.head_dim, config.rms_norm_eps, placement)
@@ -66,7 +67,9 @@ class Qwen3Attention:
             k_norm=self.k_norm.weight,
             eps=self.q_norm.eps,
         )
-        out = paged_attention(q, cache["k"], cache["v"], batch, self.scale)
+        out = paged_attention(
+            *(q, cache["k"], cache["v"], batch, self.scale), batch_invariant=self.batch_invariant
+        )
         return self.o_proj(out.flatten(1))  # [num_tokens, hidden]
 
     def targets(self, prefix: str) -> Targets:
