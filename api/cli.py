@@ -99,7 +99,8 @@ CudaGraphs = Annotated[
     ),
 ]
 Threads = Annotated[
-    int | None, typer.Option(help="CPU threads of the engine.", show_default="the cores")
+    int | None,
+    typer.Option(help="CPU threads of the engine.", show_default="the cores; 1 for tiny models"),
 ]
 
 

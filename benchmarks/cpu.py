@@ -52,6 +52,7 @@ class Part:
 def plan(checkpoint: Path, threads: int, *, tiny: bool) -> list[Part]:
     """The parts; ``tiny`` tests them."""
     few = ["--threads", str(threads)]
+    one_thread = ["--threads", "1"]  # as the engine chooses for a model as small
     short = ["--rounds", "1"] if tiny else []
     sizes = ["--prompt", "8", "--new", "4", "--batch", "1", "2"] if tiny else []
     streams = {8: (50, ["--requests", "128"]), 1: (30, ["--requests", "16"])}
@@ -73,12 +74,12 @@ def plan(checkpoint: Path, threads: int, *, tiny: bool) -> list[Part]:
         return ["benchmarks.compare", folder, *few, *short, *sizes, *more]
 
     def served(count: int, weight: float, load: list[str]) -> Part:
-        arguments = ["benchmarks.serving", "--against-engine", *few, *short]
+        arguments = ["benchmarks.serving", "--against-engine", *one_thread, *short]
         arguments += ["--concurrency", str(count), *load]
         return Part(f"serving {count}", arguments, weight)
 
     return [
-        Part("throughput", ["benchmarks.throughput", *few, *short, *sizes], 60),
+        Part("throughput", ["benchmarks.throughput", *one_thread, *short, *sizes], 60),
         *(served(count, *load) for count, load in streams.items()),
         Part("checkpoint", ["benchmarks.make_checkpoint", SHAPE, folder, *shape], 40, False),
         Part("compare bf16", compared(*quantized), 210, needs="checkpoint"),

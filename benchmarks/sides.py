@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from benchmarks.machine import ROOT
 from benchmarks.stream_client import BadUrl, Target
 from benchmarks.streams import Wire, run_http
 from benchmarks.workload import Request
+from runtime.link import THREADS_WAIT
 
 ENGINES = ("fathom", "transformers")
 
@@ -85,6 +87,7 @@ class EngineSide:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.sides", engine, folder, *flags],
             cwd=ROOT,
+            env=dict(os.environ) if engine != "fathom" else {**THREADS_WAIT, **os.environ},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -64,9 +64,13 @@ def quantize_int4(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def pack_int4(weight: Tensor, dtype: torch.dtype) -> Int4Weight:
     """Quantize and pack ``weight`` [out_features, in_features], finite, for inputs of ``dtype``."""
-    values, scale_and_middle = quantize_int4(weight, dtype)
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(values, 1)
-    return Int4Weight(packed, scale_and_middle)
+    at_once = max(_MAX_DECODED_VALUES // weight.shape[1] // OUT_MULTIPLE, 1) * OUT_MULTIPLE
+    packed, scales = [], []
+    for first in range(0, weight.shape[0], at_once):  # blocks of outputs lie one behind another
+        values, scale_and_middle = quantize_int4(weight[first : first + at_once], dtype)
+        packed.append(torch.ops.aten._convert_weight_to_int4pack_for_cpu(values, 1))
+        scales.append(scale_and_middle)
+    return Int4Weight(torch.cat(packed), torch.cat(scales, dim=1))
 
 
 def int4_linear(

@@ -23,6 +23,7 @@ from kernels.dispatch import interpreting
 
 MAX_INT8 = 127
 _LOW_STEPS = 2 * MAX_INT8  # low counts steps of 1 / 254: what rounding to high leaves is up to 1/2
+_MAX_QUANTIZED_VALUES = 1 << 20  # at a time: a head in fp32 would be larger than all that is kept
 _SMALLEST = 1e-30  # of a row's largest: a row of zeros divides by it
 
 
@@ -62,9 +63,15 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         values [out_features, in_features] int8 and scale [out_features] fp32, as in the module.
     """
-    exact = weight.float()
-    scale = exact.abs().amax(dim=1).clamp_min(_SMALLEST) / MAX_INT8
-    return (exact / scale[:, None]).round().to(torch.int8), scale
+    values = torch.empty(weight.shape, dtype=torch.int8)
+    scale = torch.empty(weight.shape[0])
+    at_once = max(_MAX_QUANTIZED_VALUES // weight.shape[1], 1)
+    for first in range(0, weight.shape[0], at_once):
+        rows = slice(first, first + at_once)
+        exact = weight[rows].float()
+        scale[rows] = exact.abs().amax(dim=1).clamp_min(_SMALLEST) / MAX_INT8
+        values[rows] = (exact / scale[rows, None]).round_()
+    return values, scale
 
 
 def pack_int8(weight: Tensor) -> Int8Weight:

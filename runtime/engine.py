@@ -106,8 +106,6 @@ class Engine:
         Raises `ConfigError` for options that cannot work here and `CheckpointError` for files that
         are missing, damaged or not understood.
         """
-        if config.num_threads is not None:
-            torch.set_num_threads(config.num_threads)
         device = config.resolve_device()
         if device.type == "cuda":
             torch.cuda.set_device(device)  # Triton launches on the current device
@@ -115,6 +113,9 @@ class Engine:
         checkpoint = inspect_checkpoint(
             folder, ignore_attn_factor=config.yarn_attn_factor == "ignore"
         )
+        num_threads = config.resolve_threads(checkpoint.num_parameters)
+        if num_threads is not None:
+            torch.set_num_threads(num_threads)
         tokenizer = Tokenizer.load(folder)
         config.resolve_model_len(checkpoint.config.max_position_embeddings)
         dtype = config.resolve_dtype(device, checkpoint.dtype, checkpoint.num_parameters)

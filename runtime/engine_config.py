@@ -23,6 +23,8 @@ CGROUP = Path("/sys/fs/cgroup")
 DEFAULT_PAGE_SIZE = 16
 WORKSPACE_BYTES = GIB
 """Left free on a GPU beside weights and pages, for activations and recorded decode steps."""
+ONE_THREAD_PARAMETERS = 1 << 25
+"""Up to so many a step has too little work for two threads: waiting for each other takes longer."""
 CPU_FLOAT32_BYTES = 2 * GIB
 """Up to this many bytes of float32 weights the CPU runs float32: exact, and faster at that size."""
 
@@ -49,7 +51,7 @@ class EngineConfig:
     cuda_graphs: str = "lazy"  # of decode steps: lazy: when first needed | start | off
     batch_invariant: bool = False  # no token's bits follow its batch: on GPUs, in bf16 on CPUs
     run_ahead: int | None = None  # steps launched before the oldest is read; None: 1 on a GPU
-    num_threads: int | None = None  # CPU threads of the engine process
+    num_threads: int | None = None  # CPU threads of the engine process; None: by the model's size
 
     def __post_init__(self) -> None:
         if self.device not in ("auto", "cpu", "cuda") and not (
@@ -105,6 +107,12 @@ class EngineConfig:
                 "devices to PyTorch; use --device cpu or install a CUDA build of torch"
             )
         return device
+
+    def resolve_threads(self, num_parameters: int) -> int | None:
+        """CPU threads to use, None for torch's choice, which is a thread a core."""
+        if self.num_threads is None and num_parameters <= ONE_THREAD_PARAMETERS:
+            return 1
+        return self.num_threads
 
     def resolve_run_ahead(self, device: torch.device) -> int:
         """A CPU computes in the thread that plans, so there is nothing to run ahead of."""

@@ -17,9 +17,9 @@ from runtime import wire
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = (sys.executable, "-P", str(ROOT / "runtime" / "__main__.py"))
 """Run as a file: `-m` would import torch before the process could tie itself to the server."""
-THREADS_WAIT = {"OMP_WAIT_POLICY": "passive"}
-"""Threads of a CPU engine that wait for one another sleep. By default they spin, for milliseconds
-whenever another process, as this server, has the core of one of them.
+THREADS_WAIT = {"GOMP_SPINCOUNT": "10000"}
+"""Threads of a CPU engine that wait for one another spin for some microseconds and then sleep. By
+default they spin for milliseconds, also while another process has the core of the one waited for.
 """
 MAX_UNSENT_BYTES = 1 << 20
 """With more on its way to an engine that does not read, requests stay with the server."""

@@ -58,7 +58,7 @@ def with_client(
 SPEAKS = """
 import json, os, socket, struct, sys
 sock = socket.socket(fileno=int(sys.argv[sys.argv.index("--fd") + 1]))
-waits = os.environ.get("OMP_WAIT_POLICY")
+waits = os.environ.get("GOMP_SPINCOUNT")
 for message in ({"waits": waits}, {"text": "x" * 300_000}, {"n": 2}):
     body = json.dumps(message).encode()
     sock.sendall(struct.pack(">I", len(body)) + body)
@@ -293,12 +293,12 @@ def test_messages_of_any_length_arrive_whole_and_in_order() -> None:
     assert last == {"n": 2}
 
 
-@pytest.mark.parametrize("chosen", [None, "active"])
-def test_threads_that_wait_sleep_unless_the_user_chose_otherwise(
+@pytest.mark.parametrize("chosen", [None, "7"])
+def test_threads_that_wait_soon_sleep_unless_the_user_chose_otherwise(
     chosen: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
     if chosen is not None:
-        monkeypatch.setenv("OMP_WAIT_POLICY", chosen)
+        monkeypatch.setenv("GOMP_SPINCOUNT", chosen)
     first, *_ = asyncio.run(heard())
-    assert first == {"waits": chosen or "passive"}
+    assert first == {"waits": chosen or "10000"}
