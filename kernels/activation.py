@@ -17,6 +17,9 @@ from torch import Tensor
 from kernels.configs import launch_config
 from kernels.dispatch import use_triton
 
+# on a CPU: all rows of a prompt in fp32 would push everything else out of the processor's cache
+_VALUES_AT_ONCE = 1 << 17
+
 
 @triton.jit
 def gated_product(gate, up, dtype: tl.constexpr):
@@ -63,6 +66,17 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
         silu_and_mul_kernel[grid](gate_up, out, gate_up.stride(0), size, **config)
         return out
     gate, up = gate_up.chunk(2, dim=-1)
+    if gate.numel() <= _VALUES_AT_ONCE:
+        return _gated_product_torch(gate, up)
+    out = torch.empty((num_tokens, size), dtype=gate_up.dtype)
+    at_once = max(_VALUES_AT_ONCE // size, 1)
+    for first in range(0, num_tokens, at_once):
+        rows = slice(first, first + at_once)
+        out[rows] = _gated_product_torch(gate[rows], up[rows])
+    return out
+
+
+def _gated_product_torch(gate: Tensor, up: Tensor) -> Tensor:
     gate32 = gate.float()
     # exp gives an element the same bits anywhere in a tensor; silu's vector and tail code do not
     denominator = torch.exp(-gate32).add_(1.0)

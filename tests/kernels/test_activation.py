@@ -59,3 +59,12 @@ def test_where_threads_split_a_row_does_not_matter() -> None:
 @pytest.mark.parametrize("device", DEVICES)
 def test_no_rows_give_no_rows(device: str) -> None:
     assert silu_and_mul(torch.empty((0, 12), device=device)).shape == (0, 6)
+
+
+def test_rows_beyond_what_a_cpu_takes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate_up = torch.randn(50, 2 * 13, generator=torch.Generator().manual_seed(7))
+    whole = silu_and_mul(gate_up)
+    monkeypatch.setattr("kernels.activation._VALUES_AT_ONCE", 13 * 7)
+    assert torch.equal(silu_and_mul(gate_up), whole)
+    monkeypatch.setattr("kernels.activation._VALUES_AT_ONCE", 1)
+    assert torch.equal(silu_and_mul(gate_up), whole)
