@@ -42,7 +42,7 @@ Progress = Callable[[int, int], None]
 NEEDED_FILES = ("config.json", "tokenizer.json")  # beside the weights
 PULL_PATTERNS = ["*.safetensors", "*.json", "*.jinja"]
 MAX_BUFFER_BYTES = 32 << 20
-BUFFER_SHARE = 128  # the read buffer is this part of the checkpoint, up to its maximum
+BUFFER_SHARE = 32  # the read buffer is this part of the checkpoint, up to its maximum
 
 
 @dataclass(frozen=True, slots=True)
