@@ -30,6 +30,7 @@ from benchmarks.cpu_ceilings import read_bandwidth
 from benchmarks.machine import print_record, rounds_within, shown, usable_cores
 from benchmarks.offline import checkpoint_floor
 from benchmarks.sides import EngineSide, Job, LlamaBenchSide, ServerSide, Side, SideFailed, Times
+from kernels.packed_linear import QUANTIZED
 from runtime import FathomError, find_checkpoint, inspect_checkpoint
 
 OURS = "fathom"
@@ -43,7 +44,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("folder", help="a checkpoint")
     parser.add_argument("--dtype", nargs="+", choices=["bfloat16", "float32"], default=["bfloat16"])
     parser.add_argument(
-        "--quantization", nargs="*", choices=["int8", "int4"], default=[], help="more sides of ours"
+        "--quantization", nargs="*", choices=list(QUANTIZED), default=[], help="more sides of ours"
     )
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--prompt", type=int, default=128)

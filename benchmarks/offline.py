@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from benchmarks.floors import Floor, model_floor
-from kernels.packed_linear import PackFormat
+from kernels.packed_linear import QUANTIZED
 from runtime import Engine, SamplingParams, find_checkpoint, inspect_checkpoint
 from runtime.models.layers import Placement
 from runtime.packing import linear_layers
@@ -79,7 +79,7 @@ def floor_of(engine: Engine) -> Floor:
     """What a step of the engine's model reads, as its weights lie in memory."""
     info = engine.info
     dtype = getattr(torch, info.dtype)
-    if info.quantization in ("int8", "int4"):
+    if info.quantization in QUANTIZED:
         return checkpoint_floor(info.model, dtype, info.quantization)[0]
     floor, full = checkpoint_floor(info.model, dtype)
     # An engine in FP8 says how many bytes its weights take; the parts shrink alike, about.
@@ -95,9 +95,7 @@ def checkpoint_floor(
     meta device, since an engine packs its weights as they are loaded.
     """
     checkpoint = inspect_checkpoint(find_checkpoint(model))
-    packing: PackFormat | None = None
-    if quantization is not None:
-        packing = "int8" if quantization == "int8" else "int4"
+    packing = None if quantization is None else QUANTIZED[quantization]
     placement = Placement(torch.device("meta"), dtype, packing=packing)
     meta = checkpoint.family.build(checkpoint.config, placement, 1)
     num_bytes = sum(target.nbytes for target in meta.weight_targets().values())

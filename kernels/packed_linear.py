@@ -29,6 +29,8 @@ from kernels.linear import in_blocks
 
 PackFormat = Literal["dtype", "int8", "int4"]
 """What a packed matrix is kept in: the model's dtype, or less."""
+QUANTIZED: dict[str, PackFormat] = {"int8": "int8", "int4": "int4"}
+"""The formats that are less, by the name a user gives them."""
 
 # rows that the layout is chosen for: decodes of one row are as fast as with 1, prompts faster
 _ROWS_HINT = 32

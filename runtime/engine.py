@@ -16,7 +16,7 @@ from typing import Protocol
 
 import torch
 
-from kernels.packed_linear import PackFormat
+from kernels.packed_linear import QUANTIZED, PackFormat
 from runtime.admission import admit
 from runtime.constraints import Constraints
 from runtime.engine_config import EngineConfig, EngineInfo, resolve_pages
@@ -345,7 +345,7 @@ class Engine:
 
 
 def _describe(fp8: Fp8Format | None, packing: PackFormat | None) -> str:
-    if packing in ("int8", "int4"):
+    if packing is not None and packing in QUANTIZED:
         return packing
     if fp8 is None:
         return "none"

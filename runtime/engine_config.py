@@ -11,7 +11,7 @@ import torch
 
 from kernels.dispatch import multiplies_fp8
 from kernels.int8_linear import multiplies_int8
-from kernels.packed_linear import PackFormat
+from kernels.packed_linear import QUANTIZED, PackFormat
 from kernels.quant import ActivationScale
 from runtime.config import Fp8Checkpoint
 from runtime.errors import ConfigError
@@ -60,7 +60,7 @@ class EngineConfig:
             raise ConfigError(f"--device {self.device!r} is not one of auto, cpu, cuda, cuda:N")
         for name, allowed in (
             ("dtype", ("auto", "float32", "bfloat16", "float16")),
-            ("quantization", ("auto", "none", "fp8", "int8", "int4")),
+            ("quantization", ("auto", "none", "fp8", *QUANTIZED)),
             ("fp8_activations", ("auto", "on", "off")),
             ("yarn_attn_factor", ("checkpoint", "ignore")),
             ("cuda_graphs", ("lazy", "start", "off")),
@@ -133,7 +133,7 @@ class EngineConfig:
             dtype = getattr(torch, self.dtype)
             assert isinstance(dtype, torch.dtype)
             return dtype
-        is_quantized = self.quantization in ("int8", "int4")  # for less memory, so that stays less
+        is_quantized = self.quantization in QUANTIZED  # for less memory, so that stays less
         is_small = 4 * num_parameters <= CPU_FLOAT32_BYTES and not is_quantized
         if device.type == "cpu" and is_small:
             return torch.float32
@@ -141,7 +141,7 @@ class EngineConfig:
 
     def resolve_packing(self, device: torch.device) -> PackFormat | None:
         """How linear layers are packed. Raises `ConfigError` for what this device cannot do."""
-        if self.quantization not in ("int8", "int4"):
+        if self.quantization not in QUANTIZED:
             return "dtype" if device.type == "cpu" else None
         if device.type != "cpu":
             raise ConfigError(
@@ -152,7 +152,7 @@ class EngineConfig:
                 f"--quantization {self.quantization} needs a CPU with AVX-512 or VNNI, whose int8 "
                 "products are exact; use none"
             )
-        return "int8" if self.quantization == "int8" else "int4"
+        return QUANTIZED[self.quantization]
 
     def resolve_fp8(self, device: torch.device, stored: Fp8Checkpoint | None) -> Fp8Format | None:
         """How matrices are kept in FP8, None if they are not. Raises `ConfigError`.

@@ -18,6 +18,7 @@ from kernels.activation import silu_and_mul
 from kernels.linear import linear, linear_silu_and_mul
 from kernels.norm import add_rms_norm, rms_norm
 from kernels.packed_linear import (
+    QUANTIZED,
     PackedMatrix,
     PackFormat,
     pack_format,
@@ -71,7 +72,7 @@ class Placement:
     @property
     def quantizes_packed(self) -> bool:
         """Whether packed matrices become int8 or int4."""
-        return self.packing in ("int8", "int4")
+        return self.packing in QUANTIZED
 
     @property
     def for_head(self) -> Placement:
