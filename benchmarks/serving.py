@@ -33,7 +33,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as engine processes have it; torch reads it
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as engine processes have it; torch reads it
 
 import numpy as np
 from rich.console import Console

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional
 
 from kernels.configs import launch_config
 from kernels.dispatch import use_triton
@@ -47,12 +48,14 @@ def silu_and_mul_kernel(
     tl.store(out_ptr + token * size + columns, gated, mask=inside)
 
 
-def silu_and_mul(gate_up: Tensor) -> Tensor:
+def silu_and_mul(gate_up: Tensor, *, batch_invariant: bool = False) -> Tensor:
     """Return ``silu(gate) * up`` for the two halves of the last dimension.
 
     Args:
         gate_up: [num_tokens, 2 * intermediate_size], gate first; any float dtype; last dimension
             contiguous.
+        batch_invariant: on a CPU, in bf16 and fp16, give a row the same bits in any batch, which
+            takes several times as long; elsewhere it has them anyway.
 
     Returns:
         [num_tokens, intermediate_size] in the dtype of ``gate_up``. SiLU is computed in fp32 and
@@ -66,6 +69,8 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
         silu_and_mul_kernel[grid](gate_up, out, gate_up.stride(0), size, **config)
         return out
     gate, up = gate_up.chunk(2, dim=-1)
+    if gate.dtype != torch.float32 and not batch_invariant:
+        return functional.silu(gate).mul_(up)
     if gate.numel() <= _VALUES_AT_ONCE:
         return _gated_product_torch(gate, up)
     out = torch.empty((num_tokens, size), dtype=gate_up.dtype)

@@ -116,16 +116,19 @@ def attend_pieces(
     attended: tuple[Tensor, Tensor] | None = None
     for piece in pieces:
         keys, values = caches.read(piece)
-        num_splits = max(min(spare_threads, piece.num_keys // MIN_KEYS_PER_THREAD), 1)
-        end = piece.num_keys // num_splits * num_splits
-        of_split = (q.shape[0], num_splits, -1, q.shape[2])
-        every_rows, every_log_sums = flash(
-            q.expand(num_splits, *q.shape),
-            keys[:, :end].view(of_split).transpose(0, 1),
-            values[:, :end].view(of_split).transpose(0, 1),
-            scale,
-        )
-        parts = list(zip(every_rows, every_log_sums, strict=True))
+        num_splits = min(spare_threads, piece.num_keys // MIN_KEYS_PER_THREAD)
+        parts: list[tuple[Tensor, Tensor]] = []
+        end = 0
+        if num_splits > 1:
+            end = piece.num_keys // num_splits * num_splits
+            of_split = (q.shape[0], num_splits, -1, q.shape[2])
+            every_rows, every_log_sums = flash(
+                q.expand(num_splits, *q.shape),
+                keys[:, :end].view(of_split).transpose(0, 1),
+                values[:, :end].view(of_split).transpose(0, 1),
+                scale,
+            )
+            parts += zip(every_rows, every_log_sums, strict=True)
         if end < piece.num_keys:
             rows, log_sums = flash(q[None], keys[None, :, end:], values[None, :, end:], scale)
             parts.append((rows[0], log_sums[0]))

@@ -23,7 +23,7 @@ from kernels.batch import PagedBatch
 from kernels.configs import launch_config
 from kernels.dispatch import capability_of, use_triton
 from kernels.norm import rms_norm, scale_normed
-from kernels.rope import rotate
+from kernels.rope import for_halves, rotate, rotate_halves
 
 
 @triton.jit
@@ -228,18 +228,19 @@ def rope_and_write_kv(
         eps: of both norms.
 
     Returns:
-        The rotated q, [num_tokens, num_heads, head_dim], contiguous.
+        The rotated q, [num_tokens, num_heads, head_dim]; heads and dimensions contiguous.
     """
     num_tokens, num_heads, dim = q.shape
     if num_tokens == 0 or not use_triton(q):
-        rows = cos_sin[batch.positions].unsqueeze(1)  # [num_tokens, 1, head_dim]
         if q_norm is not None:
             q = rms_norm(q.reshape(-1, dim), q_norm, eps).view(q.shape)
         if k_norm is not None:
             k = rms_norm(k.reshape(-1, dim), k_norm, eps).view(k.shape)
-        _write(rotate(k, rows, interleaved=False), batch.slot_mapping, k_cache)
-        _write(v, batch.slot_mapping, v_cache)
-        return rotate(q, rows, interleaved=False)
+        cos, sin = batch.once(_cos_and_signed_sin, cos_sin)
+        roped = rotate_halves(torch.cat((q, k), dim=1), cos, sin)
+        _write(roped[:, num_heads:], batch, k_cache)
+        _write(v, batch, v_cache)
+        return roped[:, :num_heads]
     num_kv_heads = k.shape[1]
     config = kv_config(dim, v.shape[2], capability_of(q.device))
     q_out = torch.empty((num_tokens, num_heads, dim), dtype=q.dtype, device=q.device)
@@ -300,11 +301,11 @@ def rope_and_write_latent(
     num_tokens, num_heads, dim = q_pe.shape
     rank = latent.shape[1]
     if num_tokens == 0 or not use_triton(q_pe):
-        rows = cos_sin[batch.positions].unsqueeze(1)  # [num_tokens, 1, rope_dim]
+        rows = batch.once(_rows_of_positions, cos_sin)
         if latent_norm is not None:
             latent = rms_norm(latent, latent_norm, eps)
         roped = rotate(k_pe.unsqueeze(1), rows, interleaved=True).squeeze(1)
-        _write(torch.cat((latent, roped), dim=-1), batch.slot_mapping, latent_cache)
+        _write(torch.cat((latent, roped), dim=-1), batch, latent_cache)
         return rotate(q_pe, rows, interleaved=True)
     config = latent_config(dim, rank, capability_of(q_pe.device))
     q_out = torch.empty((num_tokens, num_heads, dim), dtype=q_pe.dtype, device=q_pe.device)
@@ -330,9 +331,25 @@ def rope_and_write_latent(
     return q_out
 
 
-def _write(values: Tensor, slots: Tensor, pages: Tensor) -> None:
+def _rows_of_positions(batch: PagedBatch, cos_sin: Tensor) -> Tensor:
+    """[num_tokens, 1, dim] of a table."""
+    return cos_sin[batch.positions].unsqueeze(1)
+
+
+def _cos_and_signed_sin(batch: PagedBatch, cos_sin: Tensor) -> tuple[Tensor, Tensor]:
+    """What `rotate_halves` takes."""
+    return for_halves(_rows_of_positions(batch, cos_sin))
+
+
+def _slots_of_written(batch: PagedBatch) -> tuple[Tensor, Tensor | None]:
+    """Slots, and which tokens they are of, None for all."""
+    written = batch.slot_mapping >= 0
+    if bool(written.all()):
+        return batch.slot_mapping, None
+    return batch.slot_mapping[written], written
+
+
+def _write(values: Tensor, batch: PagedBatch, pages: Tensor) -> None:
     """Write rows into their slots; ``pages`` is contiguous, so a view reaches every slot."""
-    written = slots >= 0
-    if not bool(written.all()):
-        values, slots = values[written], slots[written]
-    pages.view(-1, *pages.shape[2:]).index_copy_(0, slots, values)
+    slots, written = batch.once(_slots_of_written)
+    pages.flatten(0, 1).index_copy_(0, slots, values if written is None else values[written])

@@ -15,7 +15,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn import functional
 
 from kernels.configs import launch_config
 from kernels.dispatch import use_triton
@@ -78,7 +77,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return x.new_empty(x.shape)
     if use_triton(x):
         return _launch(x, None, weight, eps)[0]
-    return functional.rms_norm(x.float(), (x.shape[-1],), None, eps).to(x.dtype) * weight
+    x32 = x.float()
+    inverse = x32.square().mean(dim=-1, keepdim=True).add_(eps).rsqrt_()
+    return (x32 * inverse).to(x.dtype) * weight
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

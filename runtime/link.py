@@ -17,7 +17,7 @@ from runtime import wire
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = (sys.executable, "-P", str(ROOT / "runtime" / "__main__.py"))
 """Run as a file: `-m` would import torch before the process could tie itself to the server."""
-THREADS_WAIT = {"GOMP_SPINCOUNT": "10000"}
+THREADS_WAIT = {"GOMP_SPINCOUNT": "20000"}
 """Threads of a CPU engine that wait for one another spin for some microseconds and then sleep. By
 default they spin for milliseconds, also while another process has the core of the one waited for.
 """

@@ -42,16 +42,21 @@ def test_a_row_has_the_same_bits_in_any_batch(device: str) -> None:
         assert torch.equal(silu_and_mul(gate_up[row : row + 1]), whole[row : row + 1])
 
 
-def test_where_threads_split_a_row_does_not_matter() -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_where_threads_split_a_row_does_not_matter(dtype: torch.dtype) -> None:
     """Two threads part these tensors inside a row, where vector code gives way to scalar code."""
     size = 126
-    gate_up = torch.randn(541, 2 * size, generator=torch.Generator().manual_seed(6))
-    alone = torch.cat([silu_and_mul(gate_up[row : row + 1]) for row in range(541)])
+    gate_up = torch.randn(541, 2 * size, generator=torch.Generator().manual_seed(6)).to(dtype)
+
+    def gated(rows: Tensor) -> Tensor:
+        return silu_and_mul(rows, batch_invariant=True)
+
+    alone = torch.cat([gated(gate_up[row : row + 1]) for row in range(541)])
     num_threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
         for num_tokens in range(521, 542, 2):
-            assert torch.equal(silu_and_mul(gate_up[:num_tokens]), alone[:num_tokens])
+            assert torch.equal(gated(gate_up[:num_tokens]), alone[:num_tokens])
     finally:
         torch.set_num_threads(num_threads)
 

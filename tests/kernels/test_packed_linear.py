@@ -90,3 +90,21 @@ def test_what_cannot_keep_its_promise_or_does_not_pay_is_not_packed() -> None:
     assert pack_format(LARGE, torch.float32, CPU, "dtype", batch_invariant=True) == "dtype"
     assert pack_format(LARGE, torch.float32, torch.device("cuda"), "dtype") is None
     assert pack_format((192, 576), torch.float32, CPU, "dtype") is None  # would be slower
+
+
+def test_weights_lie_in_huge_pages_where_the_system_lends_them() -> None:
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not setting.exists() or "[never]" in setting.read_text():
+        pytest.skip("no huge pages here")
+    code = (
+        "import torch\n"
+        "from kernels.packed_linear import pack_matrix\n"
+        "kept = [pack_matrix(torch.ones(4096, 4096), 'dtype') for _ in range(2)]\n"
+        "print(open('/proc/self/smaps_rollup').read())"
+    )
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
+    )
+    [line] = [line for line in done.stdout.splitlines() if line.startswith("AnonHugePages")]
+    assert int(line.split()[1]) > 100 << 10  # kB of 128 MB

@@ -301,4 +301,4 @@ def test_threads_that_wait_soon_sleep_unless_the_user_chose_otherwise(
     if chosen is not None:
         monkeypatch.setenv("GOMP_SPINCOUNT", chosen)
     first, *_ = asyncio.run(heard())
-    assert first == {"waits": chosen or "10000"}
+    assert first == {"waits": chosen or "20000"}

@@ -7,11 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels.linear import linear
 from runtime import prefix_cache
 from runtime.blocks import Prefix
 from tests.runtime.engines import TINY
@@ -62,17 +60,6 @@ def test_500_requests_have_the_same_tokens_in_any_company(dtype: str) -> None:
 @pytest.mark.parametrize("dtype", [*DTYPES, "float16"])
 def test_wide_products_keep_a_requests_tokens_too(dtype: str, wide: Path) -> None:
     assert_same(Trials(dtype, folder=wide), range(1000, 1250))
-
-
-def test_without_batch_invariance_bf16_shows_the_company(wide: Path) -> None:
-    draw = torch.Generator().manual_seed(0)
-    x, weight = (torch.randn(n, 1024, generator=draw).bfloat16() for n in (64, 1024))
-    if torch.equal(linear(x, weight)[:32], linear(x[:32], weight)):
-        pytest.skip("this chip sums in one order for any number of rows")
-    trials = Trials("bfloat16", folder=wide, batch_invariant=False, max_new=FEW_NEW)
-    number = next((n for n in range(8, 24) if not trials.run(n).is_same), None)
-    assert number is not None
-    assert Trials("bfloat16", folder=wide, max_new=FEW_NEW).run(number).is_same
 
 
 def test_products_that_follow_the_number_of_rows_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
