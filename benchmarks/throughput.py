@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from pathlib import Path
 
 import torch
 
@@ -111,7 +112,7 @@ def main() -> None:
     rows = measure(engine, options, bandwidth)
     print_record(
         "throughput",
-        model=info.model,
+        model=Path(info.model).name,
         threads=torch.get_num_threads(),
         dtype=info.dtype,
         quantization=info.quantization,
