@@ -176,7 +176,7 @@ class Soak:
         """Let everything come to its end, and look."""
         self.quiet.clear()
         await self.idle()
-        await asyncio.sleep(GIVE_BACK_SECONDS + 1)  # what is left then is held
+        await asyncio.sleep(GIVE_BACK_SECONDS + 4)  # what is left then is held
         engine = self.server.engine_pid
         for name, pid in (("server", self.server.process.pid), ("engine", engine)):
             if pid is not None:
