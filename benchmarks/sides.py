@@ -26,9 +26,11 @@ from benchmarks.machine import ROOT
 from benchmarks.stream_client import BadUrl, Target
 from benchmarks.streams import Wire, run_http
 from benchmarks.workload import Request
-from runtime.link import THREADS_WAIT
 
 ENGINES = ("fathom", "transformers")
+OUR_SETTINGS = ("MKL_CBWR", "THP_MEM_ALLOC_ENABLE")
+"""What importing our kernels puts into the environment, for MKL and torch to read at their first
+product and tensor; a peer runs without."""
 
 
 class SideFailed(Exception):
@@ -87,7 +89,7 @@ class EngineSide:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.sides", engine, folder, *flags],
             cwd=ROOT,
-            env=dict(os.environ) if engine != "fathom" else {**THREADS_WAIT, **os.environ},
+            env=environment_of(engine),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -123,6 +125,15 @@ class EngineSide:
             raise SideFailed(f"{self.name}: {answer['error']}")
         self._peak = answer.pop("peak_bytes")
         return answer
+
+
+def environment_of(engine: str) -> dict[str, str]:
+    """Of its process: for ours as the server starts it, for a peer as a user would."""
+    if engine == "fathom":
+        from runtime.link import THREADS_WAIT
+
+        return {**THREADS_WAIT, **os.environ}
+    return {name: value for name, value in os.environ.items() if name not in OUR_SETTINGS}
 
 
 class LlamaBenchSide:
@@ -249,6 +260,8 @@ def fathom(options: argparse.Namespace) -> Callable[[Job], Times]:
 
 def transformers(options: argparse.Namespace) -> Callable[[Job], Times]:
     """Load the checkpoint into transformers; tokens are timed as `generate` draws them."""
+    for name in OUR_SETTINGS:  # the prompts' module has brought them back
+        os.environ.pop(name, None)
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig, StoppingCriteria
     from transformers.utils import logging

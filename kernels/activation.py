@@ -48,14 +48,12 @@ def silu_and_mul_kernel(
     tl.store(out_ptr + token * size + columns, gated, mask=inside)
 
 
-def silu_and_mul(gate_up: Tensor, *, batch_invariant: bool = False) -> Tensor:
+def silu_and_mul(gate_up: Tensor) -> Tensor:
     """Return ``silu(gate) * up`` for the two halves of the last dimension.
 
     Args:
         gate_up: [num_tokens, 2 * intermediate_size], gate first; any float dtype; last dimension
             contiguous.
-        batch_invariant: on a CPU, in bf16 and fp16, give a row the same bits in any batch, which
-            takes several times as long; elsewhere it has them anyway.
 
     Returns:
         [num_tokens, intermediate_size] in the dtype of ``gate_up``. SiLU is computed in fp32 and
@@ -69,7 +67,7 @@ def silu_and_mul(gate_up: Tensor, *, batch_invariant: bool = False) -> Tensor:
         silu_and_mul_kernel[grid](gate_up, out, gate_up.stride(0), size, **config)
         return out
     gate, up = gate_up.chunk(2, dim=-1)
-    if gate.dtype != torch.float32 and not batch_invariant:
+    if gate.dtype != torch.float32:  # rounded to half the bits, silu's vector and tail code agree
         return functional.silu(gate).mul_(up)
     if gate.numel() <= _VALUES_AT_ONCE:
         return _gated_product_torch(gate, up)

@@ -352,4 +352,5 @@ def _slots_of_written(batch: PagedBatch) -> tuple[Tensor, Tensor | None]:
 def _write(values: Tensor, batch: PagedBatch, pages: Tensor) -> None:
     """Write rows into their slots; ``pages`` is contiguous, so a view reaches every slot."""
     slots, written = batch.once(_slots_of_written)
-    pages.flatten(0, 1).index_copy_(0, slots, values if written is None else values[written])
+    rows = values if written is None else values[written]
+    pages.view(-1, *pages.shape[2:]).index_copy_(0, slots, rows)

@@ -116,8 +116,7 @@ def linear_silu_and_mul(
         )
         if out is not None:
             return out
-    product = linear(x, gate_up, bias, batch_invariant=batch_invariant)
-    return silu_and_mul(product, batch_invariant=batch_invariant)
+    return silu_and_mul(linear(x, gate_up, bias, batch_invariant=batch_invariant))
 
 
 def heads_linear(x: Tensor, weight: Tensor, *, batch_invariant: bool = False) -> Tensor:

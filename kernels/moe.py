@@ -216,7 +216,7 @@ def _moe_experts_torch(
 
     rows = _rounded(x, gate_up)[torch.from_numpy(row_tokens)]  # [num_padded_rows, hidden]
     gated = _grouped_linear(rows, gate_up, hit, ends, batch_invariant).to(x.dtype)
-    hidden = _rounded(silu_and_mul(gated, batch_invariant=batch_invariant), down)
+    hidden = _rounded(silu_and_mul(gated), down)
     outputs = _grouped_linear(hidden, down, hit, ends, batch_invariant).to(x.dtype)
     outputs = outputs[torch.from_numpy(slot_rows)].view(num_tokens, top_k, -1)
     return (outputs * expert_weights.unsqueeze(-1)).sum(dim=1).to(x.dtype)
@@ -248,8 +248,7 @@ def _one_token_outputs(
     """
     outputs = []
     for expert_id in expert_ids:
-        product = _product(rows, gate_up[expert_id], batch_invariant)
-        hidden = silu_and_mul(product, batch_invariant=batch_invariant)
+        hidden = silu_and_mul(_product(rows, gate_up[expert_id], batch_invariant))
         output = _product(hidden, down[expert_id], batch_invariant)
         outputs.append(output[0])
     return torch.stack(outputs)

@@ -71,7 +71,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         eps: added to the mean square.
 
     Returns:
-        The shape and dtype of ``x``, contiguous.
+        The shape and dtype of ``x``, contiguous if that is.
     """
     if x.numel() == 0:
         return x.new_empty(x.shape)

@@ -28,7 +28,7 @@ from kernels.int4_linear import Int4Weight, fits_int4, int4_linear, int4_nbytes,
 from kernels.int8_linear import Int8Weight, int8_linear, int8_nbytes, pack_int8
 from kernels.linear import in_blocks
 
-# torch reads it at its first large tensor: weights in huge pages are read up to a fifth faster
+# torch reads it at its first tensor on a CPU: what lies in huge pages is read up to a fifth faster
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 PackFormat = Literal["dtype", "int8", "int4"]

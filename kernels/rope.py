@@ -114,7 +114,7 @@ def apply_rope(x: Tensor, positions: Tensor, cos_sin: Tensor, interleaved: bool)
         interleaved: pairs are (2i, 2i + 1) instead of (i, i + dim / 2), in and out.
 
     Returns:
-        The shape and dtype of ``x``, contiguous.
+        The shape and dtype of ``x``, contiguous if that is.
     """
     return rotate(x, cos_sin[positions].unsqueeze(1), interleaved)
 

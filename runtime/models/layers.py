@@ -167,7 +167,7 @@ class Linear:
     def silu_and_mul(self, x: Tensor) -> Tensor:
         """silu(gate) · up, where the outputs are gate | up."""
         if not isinstance(self.weight, Tensor):
-            return silu_and_mul(self(x), batch_invariant=self.batch_invariant)
+            return silu_and_mul(self(x))
         return linear_silu_and_mul(x, self.weight, self.bias, batch_invariant=self.batch_invariant)
 
     def targets(self, prefix: str) -> Targets:

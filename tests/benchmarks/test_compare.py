@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import stat
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -55,6 +56,31 @@ class Scripted:
 
     def close(self) -> None:
         pass
+
+
+def test_a_peer_runs_without_the_settings_of_our_kernels(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """MKL would give a row the same bits in any batch, which is slower than what users have."""
+    monkeypatch.setenv("MKL_CBWR", "AUTO,STRICT")
+    code = (
+        "import os, sys\n"
+        "import benchmarks.sides as sides\n"
+        "import transformers\n"
+        "transformers.AutoModelForCausalLM.from_pretrained = lambda *a, **b: 1 / 0\n"
+        "try: sides.main()\n"
+        "finally: print(os.environ.get('MKL_CBWR'), file=sys.__stderr__)\n"
+    )
+    flags = ["--dtype", "float32", "--threads", "1", "--max-batch", "1", "--max-len", "8"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, "transformers", str(tmp_path), *flags],
+        env=sides.environment_of("transformers"),
+        cwd=sides.ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert "ZeroDivisionError" in done.stdout
+    assert done.stderr.splitlines()[-1] == "None"
 
 
 def test_sides_run_in_turn_and_ratios_are_of_the_same_round() -> None:

@@ -48,17 +48,25 @@ def test_where_threads_split_a_row_does_not_matter(dtype: torch.dtype) -> None:
     size = 126
     gate_up = torch.randn(541, 2 * size, generator=torch.Generator().manual_seed(6)).to(dtype)
 
-    def gated(rows: Tensor) -> Tensor:
-        return silu_and_mul(rows, batch_invariant=True)
-
-    alone = torch.cat([gated(gate_up[row : row + 1]) for row in range(541)])
+    alone = torch.cat([silu_and_mul(gate_up[row : row + 1]) for row in range(541)])
     num_threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
         for num_tokens in range(521, 542, 2):
-            assert torch.equal(gated(gate_up[:num_tokens]), alone[:num_tokens])
+            assert torch.equal(silu_and_mul(gate_up[:num_tokens]), alone[:num_tokens])
     finally:
         torch.set_num_threads(num_threads)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_half_precision_gate_has_the_same_bits_alone(dtype: torch.dtype) -> None:
+    """In vector code, and in the scalar code that takes what is left of a row."""
+    every = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype)
+    gates = every[every.isfinite()]
+    ones = torch.ones_like(gates)
+    together = silu_and_mul(torch.stack((gates, ones)).view(1, -1))[0]
+    in_tails = silu_and_mul(torch.stack((gates, ones), dim=1))[:, 0]
+    assert torch.equal(together, in_tails)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -126,13 +126,11 @@ class Trials:
         dtype: str,
         *,
         folder: Path = TINY,
-        batch_invariant: bool | None = None,
         max_new: int = MAX_NEW,
     ) -> None:
-        """``max_new`` tokens at most for a request. ``batch_invariant`` None: if dtype needs it."""
+        """``max_new`` tokens at most for a request. Batch-invariant if ``dtype`` needs it."""
         self.max_new = max_new
-        if batch_invariant is None:
-            batch_invariant = dtype != "float32"
+        batch_invariant = dtype != "float32"
         self._make = lambda **options: make_engine(
             folder, dtype=dtype, batch_invariant=batch_invariant, **options
         )

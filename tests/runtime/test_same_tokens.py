@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kernels.linear import linear
 from runtime import prefix_cache
 from runtime.blocks import Prefix
+from runtime.models.layers import Linear
 from tests.runtime.engines import TINY
 from tests.runtime.same_tokens import (
     KINDS,
@@ -60,6 +64,27 @@ def test_500_requests_have_the_same_tokens_in_any_company(dtype: str) -> None:
 @pytest.mark.parametrize("dtype", [*DTYPES, "float16"])
 def test_wide_products_keep_a_requests_tokens_too(dtype: str, wide: Path) -> None:
     assert_same(Trials(dtype, folder=wide), range(1000, 1250))
+
+
+def test_wide_products_in_bf16_are_made_in_blocks(wide: Path) -> None:
+    assert not differs(Trials("bfloat16", folder=wide, max_new=FEW_NEW), range(1000, 1008))
+
+
+def test_wide_products_in_bf16_without_blocks_are_seen(
+    wide: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(n, 1024, generator=draw).bfloat16() for n in (64, 1024))
+    if torch.equal(linear(x, weight)[:32], linear(x[:32], weight)):
+        pytest.skip("this chip sums in one order for any number of rows")
+    make = Linear.__init__
+
+    def careless(layer: Linear, *args: Any, **options: Any) -> None:
+        make(layer, *args, **options)
+        layer.batch_invariant = False
+
+    monkeypatch.setattr(Linear, "__init__", careless)
+    assert differs(Trials("bfloat16", folder=wide, max_new=FEW_NEW), range(1000, 1020))
 
 
 def test_products_that_follow_the_number_of_rows_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
