@@ -26,6 +26,7 @@ from benchmarks.machine import ROOT
 from benchmarks.stream_client import BadUrl, Target
 from benchmarks.streams import Wire, run_http
 from benchmarks.workload import Request
+from runtime.link import THREADS_WAIT
 
 ENGINES = ("fathom", "transformers")
 OUR_SETTINGS = ("MKL_CBWR", "THP_MEM_ALLOC_ENABLE")
@@ -130,8 +131,6 @@ class EngineSide:
 def environment_of(engine: str) -> dict[str, str]:
     """Of its process: for ours as the server starts it, for a peer as a user would."""
     if engine == "fathom":
-        from runtime.link import THREADS_WAIT
-
         return {**THREADS_WAIT, **os.environ}
     return {name: value for name, value in os.environ.items() if name not in OUR_SETTINGS}
 
@@ -260,7 +259,7 @@ def fathom(options: argparse.Namespace) -> Callable[[Job], Times]:
 
 def transformers(options: argparse.Namespace) -> Callable[[Job], Times]:
     """Load the checkpoint into transformers; tokens are timed as `generate` draws them."""
-    for name in OUR_SETTINGS:  # the prompts' module has brought them back
+    for name in OUR_SETTINGS:  # importing this module has brought them back
         os.environ.pop(name, None)
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig, StoppingCriteria

@@ -236,10 +236,10 @@ def rope_and_write_kv(
             q = rms_norm(q.reshape(-1, dim), q_norm, eps).view(q.shape)
         if k_norm is not None:
             k = rms_norm(k.reshape(-1, dim), k_norm, eps).view(k.shape)
-        cos, sin = batch.once(_cos_and_signed_sin, cos_sin)
+        cos, sin = batch.once(cos_and_signed_sin, cos_sin)
         roped = rotate_halves(torch.cat((q, k), dim=1), cos, sin)
-        _write(roped[:, num_heads:], batch, k_cache)
-        _write(v, batch, v_cache)
+        write_rows(roped[:, num_heads:], batch, k_cache)
+        write_rows(v, batch, v_cache)
         return roped[:, :num_heads]
     num_kv_heads = k.shape[1]
     config = kv_config(dim, v.shape[2], capability_of(q.device))
@@ -305,7 +305,7 @@ def rope_and_write_latent(
         if latent_norm is not None:
             latent = rms_norm(latent, latent_norm, eps)
         roped = rotate(k_pe.unsqueeze(1), rows, interleaved=True).squeeze(1)
-        _write(torch.cat((latent, roped), dim=-1), batch, latent_cache)
+        write_rows(torch.cat((latent, roped), dim=-1), batch, latent_cache)
         return rotate(q_pe, rows, interleaved=True)
     config = latent_config(dim, rank, capability_of(q_pe.device))
     q_out = torch.empty((num_tokens, num_heads, dim), dtype=q_pe.dtype, device=q_pe.device)
@@ -336,8 +336,8 @@ def _rows_of_positions(batch: PagedBatch, cos_sin: Tensor) -> Tensor:
     return cos_sin[batch.positions].unsqueeze(1)
 
 
-def _cos_and_signed_sin(batch: PagedBatch, cos_sin: Tensor) -> tuple[Tensor, Tensor]:
-    """What `rotate_halves` takes."""
+def cos_and_signed_sin(batch: PagedBatch, cos_sin: Tensor) -> tuple[Tensor, Tensor]:
+    """What `rotate_halves` takes, for the positions of a step."""
     return for_halves(_rows_of_positions(batch, cos_sin))
 
 
@@ -349,7 +349,7 @@ def _slots_of_written(batch: PagedBatch) -> tuple[Tensor, Tensor | None]:
     return batch.slot_mapping[written], written
 
 
-def _write(values: Tensor, batch: PagedBatch, pages: Tensor) -> None:
+def write_rows(values: Tensor, batch: PagedBatch, pages: Tensor) -> None:
     """Write rows into their slots; ``pages`` is contiguous, so a view reaches every slot."""
     slots, written = batch.once(_slots_of_written)
     rows = values if written is None else values[written]

@@ -20,8 +20,9 @@ from torch.nn import functional
 from kernels import indexer_triton
 from kernels.attention import KEY_BLOCK, MAX_SCORES, gather_heads, gathered_slots, pad_rows
 from kernels.batch import PagedBatch
+from kernels.cache import cos_and_signed_sin, write_rows
 from kernels.dispatch import use_triton
-from kernels.rope import rotate
+from kernels.rope import rotate_halves
 
 # keys of a slice of scores: a multiple of KEY_BLOCK
 KEY_SLICE = 1024
@@ -63,12 +64,11 @@ def norm_rope_and_write_index(
         return indexer_triton.norm_rope_and_write_index(
             q, k, norm_weight, norm_bias, eps, cos_sin, batch, index_cache
         )
-    rows = cos_sin[batch.positions].unsqueeze(1)  # [num_tokens, 1, rope_dim]
+    cos, sin = batch.once(cos_and_signed_sin, cos_sin)
     normed = functional.layer_norm(k.float(), k.shape[-1:], norm_weight, norm_bias, eps)
-    keys = _rotate_front(normed.unsqueeze(1), rows).squeeze(1).to(index_cache.dtype)
-    written = batch.slot_mapping >= 0
-    index_cache.view(-1, index_cache.shape[2])[batch.slot_mapping[written]] = keys[written]
-    return _rotate_front(q, rows)
+    keys = _rotate_front(normed.unsqueeze(1), cos, sin).squeeze(1).to(index_cache.dtype)
+    write_rows(keys, batch, index_cache)
+    return _rotate_front(q, cos, sin)
 
 
 def select_keys(
@@ -117,10 +117,10 @@ def select_keys(
     return selected
 
 
-def _rotate_front(x: Tensor, cos_sin: Tensor) -> Tensor:
-    """Rotate the first dimensions of every head, as many as ``cos_sin`` [num_tokens, 1, n] has."""
-    front, rest = x.tensor_split([cos_sin.shape[-1]], dim=-1)
-    return torch.cat((rotate(front, cos_sin, interleaved=False), rest), dim=-1)
+def _rotate_front(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
+    """Rotate the first dimensions of every head, as many as ``cos`` [num_tokens, 1, n] has."""
+    front, rest = x.tensor_split([cos.shape[-1]], dim=-1)
+    return torch.cat((rotate_halves(front, cos, signed_sin), rest), dim=-1)
 
 
 def _scores(q: Tensor, weights: Tensor, keys: Tensor) -> Tensor:

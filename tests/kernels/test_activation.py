@@ -47,7 +47,6 @@ def test_where_threads_split_a_row_does_not_matter(dtype: torch.dtype) -> None:
     """Two threads part these tensors inside a row, where vector code gives way to scalar code."""
     size = 126
     gate_up = torch.randn(541, 2 * size, generator=torch.Generator().manual_seed(6)).to(dtype)
-
     alone = torch.cat([silu_and_mul(gate_up[row : row + 1]) for row in range(541)])
     num_threads = torch.get_num_threads()
     torch.set_num_threads(2)

@@ -130,9 +130,8 @@ class Trials:
     ) -> None:
         """``max_new`` tokens at most for a request. Batch-invariant if ``dtype`` needs it."""
         self.max_new = max_new
-        batch_invariant = dtype != "float32"
         self._make = lambda **options: make_engine(
-            folder, dtype=dtype, batch_invariant=batch_invariant, **options
+            folder, dtype=dtype, batch_invariant=dtype != "float32", **options
         )
         self.lonely = self._make(prefix_cache=False)
         tokenizer = self.lonely.tokenizer
