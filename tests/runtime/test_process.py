@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import platform
 import random
 import signal
 import subprocess
@@ -27,7 +28,7 @@ from runtime import (
     Generation,
     SamplingParams,
 )
-from runtime.link import EngineLink
+from runtime.link import ENGINE_ENVIRONMENT, EngineLink
 from tests.processes import is_alive
 from tests.runtime.engines import TINY, chats, make_engine
 from tests.runtime.faulty_engine import PROGRAM as FAULTY
@@ -58,8 +59,10 @@ def with_client(
 SPEAKS = """
 import json, os, socket, struct, sys
 sock = socket.socket(fileno=int(sys.argv[sys.argv.index("--fd") + 1]))
-waits = os.environ.get("GOMP_SPINCOUNT")
-for message in ({"waits": waits}, {"text": "x" * 300_000}, {"n": 2}):
+chosen = {name: os.environ.get(name) for name in ("GOMP_SPINCOUNT", "GLIBC_TUNABLES")}
+_, heap = open("/proc/self/smaps").read().split("[heap]", 1)
+is_huge = "hg" in heap.split("VmFlags:", 1)[1].split("\\n", 1)[0].split()
+for message in ({**chosen, "huge": is_huge}, {"text": "x" * 300_000}, {"n": 2}):
     body = json.dumps(message).encode()
     sock.sendall(struct.pack(">I", len(body)) + body)
 """
@@ -293,12 +296,23 @@ def test_messages_of_any_length_arrive_whole_and_in_order() -> None:
     assert last == {"n": 2}
 
 
-@pytest.mark.parametrize("chosen", [None, "7"])
-def test_threads_that_wait_soon_sleep_unless_the_user_chose_otherwise(
-    chosen: str | None, monkeypatch: pytest.MonkeyPatch
+def glibc_advises_huge_pages() -> bool:
+    """Where it was asked to: since 2.35, and only if the kernel takes advice."""
+    library, version = platform.libc_ver()
+    if library != "glibc" or tuple(map(int, version.split("."))) < (2, 35):
+        return False
+    return "[madvise]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
+
+
+def test_an_engine_has_settings_of_its_own_unless_the_user_chose_others(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
-    if chosen is not None:
-        monkeypatch.setenv("GOMP_SPINCOUNT", chosen)
+    for name in ENGINE_ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
     first, *_ = asyncio.run(heard())
-    assert first == {"waits": chosen or "20000"}
+    assert first == {**ENGINE_ENVIRONMENT, "huge": glibc_advises_huge_pages()}
+    theirs = {"GOMP_SPINCOUNT": "7", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}
+    for name, value in theirs.items():
+        monkeypatch.setenv(name, value)
+    first, *_ = asyncio.run(heard())
+    assert first == {**theirs, "huge": False}
