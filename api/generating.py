@@ -62,8 +62,10 @@ async def generate(request: Request, prepare: Prepare, fold: Fold) -> Response:
         return message
 
     body = await read_json(request.scope, receive)
-    if body.get("model") is None and "name" in request.path_params:
-        body["model"] = request.path_params["name"]  # openai's old client: /engines/{name}/...
+    if "name" in request.path_params:  # openai's old client: /engines/{name}/...
+        name = state.check_model(request.path_params["name"])
+        if body.get("model") is None:
+            body["model"] = name
     running = state.running.admit(request.scope, state.limits.request_seconds)
     running.wants_timings = timings_wanted(request, body)
     try:

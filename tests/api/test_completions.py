@@ -468,9 +468,10 @@ def test_an_engine_in_the_path_is_a_model(base: str, engine: ScriptedEngine) -> 
     def named(path: str, **body: Any) -> httpx.Response:
         return httpx.post(f"{base}/engines/{path}", json={"prompt": "a", **body}, verify=False)
 
-    unknown = named("gpt-4/completions")
-    assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "model_not_found")
-    assert named("gpt-4/completions", model="fathom-tiny").json()["model"] == "fathom-tiny"
+    for body in ({}, {"model": None}, {"model": "fathom-tiny"}):
+        unknown = named("gpt-4/completions", **body)
+        assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "model_not_found")
+    assert named("deepseek-r1/completions", model="fathom-tiny").json()["model"] == "fathom-tiny"
     assert named("deepseek-r1/completions", model=None).json()["model"] == "deepseek-r1"
 
 
