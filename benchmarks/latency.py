@@ -28,6 +28,7 @@ from benchmarks.fit import fit_line
 from benchmarks.floors import Floor
 from benchmarks.machine import EMBEDDED_MODEL, percent_of, print_record
 from benchmarks.offline import checkpoint_floor, floor_of
+from benchmarks.own_environment import start_as_engine
 from benchmarks.throughput import add_engine_options
 from runtime import (
     Engine,
@@ -249,4 +250,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    start_as_engine()
     sys.exit(main())

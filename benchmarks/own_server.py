@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.machine import ROOT
+from benchmarks.own_environment import without_engine_settings
 
 START_SECONDS = 600.0  # large checkpoints load for long
 STOP_SECONDS = 30.0
@@ -42,7 +43,7 @@ def own_server(model: str, flags: Sequence[str]) -> Iterator[OwnServer]:
     with tempfile.TemporaryDirectory(prefix="fathom-bench-") as home:
         log = Path(home) / "serve.log"
         command = [sys.executable, "-m", "api", "serve", model, "--port", "0", "--no-key", *flags]
-        environment = {**os.environ, "FATHOM_HOME": home, "PYTHONUNBUFFERED": "1"}
+        environment = {**without_engine_settings(), "FATHOM_HOME": home, "PYTHONUNBUFFERED": "1"}
         with log.open("wb") as output:
             process = subprocess.Popen(
                 command,

@@ -25,7 +25,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import os
 import statistics
 import sys
 import time
@@ -33,13 +32,12 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as engine processes have it; torch reads it
-
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks.machine import EMBEDDED_MODEL, percent_of, print_record, rounds_within, shown
+from benchmarks.own_environment import start_as_engine
 from benchmarks.own_server import OwnServer, ServerDied, own_server
 from benchmarks.stream_client import Answer, BadUrl, Target, get
 from benchmarks.streams import Finished, Run, Wire, run_engine, run_engine_process, run_http
@@ -366,4 +364,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    start_as_engine()
     sys.exit(main())

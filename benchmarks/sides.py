@@ -26,7 +26,7 @@ from benchmarks.machine import ROOT
 from benchmarks.stream_client import BadUrl, Target
 from benchmarks.streams import Wire, run_http
 from benchmarks.workload import Request
-from runtime.link import ENGINE_ENVIRONMENT
+from runtime.link import engine_environment
 
 ENGINES = ("fathom", "transformers")
 OUR_SETTINGS = ("MKL_CBWR", "THP_MEM_ALLOC_ENABLE")
@@ -131,7 +131,7 @@ class EngineSide:
 def environment_of(engine: str) -> dict[str, str]:
     """Of its process: for ours as the server starts it, for a peer as a user would."""
     if engine == "fathom":
-        return {**ENGINE_ENVIRONMENT, **os.environ}
+        return engine_environment()
     return {name: value for name, value in os.environ.items() if name not in OUR_SETTINGS}
 
 

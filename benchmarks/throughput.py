@@ -20,6 +20,7 @@ import torch
 from benchmarks.cpu_ceilings import read_bandwidth
 from benchmarks.machine import EMBEDDED_MODEL, percent_of, print_record, rounds_within, shown
 from benchmarks.offline import floor_of, random_prompts, run_batch
+from benchmarks.own_environment import start_as_engine
 from runtime import Engine, EngineConfig
 
 
@@ -127,4 +128,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    start_as_engine()
     main()

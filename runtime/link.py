@@ -18,13 +18,13 @@ ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = (sys.executable, "-P", str(ROOT / "runtime" / "__main__.py"))
 """Run as a file: `-m` would import torch before the process could tie itself to the server."""
 ENGINE_ENVIRONMENT = {
-    # threads that wait for one another spin for some microseconds, then sleep; by default they spin
-    # for milliseconds, also while another process has the core of the one waited for
+    # threads that wait for one another spin for a fifth of a millisecond, then sleep; by default
+    # for some milliseconds, also while another process has the core of the one waited for
     "GOMP_SPINCOUNT": "20000",
-    # small tensors lie in huge pages, too; read by glibc before Python starts, ignored by others
+    # most small tensors lie in huge pages, too; glibc reads it before Python starts
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
-"""What an engine on a CPU computes faster with, where the user's own environment does not say."""
+"""What an engine on a CPU computes faster with, read by libraries when a process starts."""
 MAX_UNSENT_BYTES = 1 << 20
 """With more on its way to an engine that does not read, requests stay with the server."""
 RECEIVE_BYTES = 64 << 10
@@ -32,6 +32,14 @@ RECEIVE_BYTES = 64 << 10
 LEAVE_SECONDS = 0.5
 """For a process whose socket has ended to end too."""
 POLL_SECONDS = 0.01
+
+
+def engine_environment() -> dict[str, str]:
+    """Of engine processes: ours, and `ENGINE_ENVIRONMENT` where the user chose nothing."""
+    environment = {**ENGINE_ENVIRONMENT, **os.environ}
+    if "OMP_WAIT_POLICY" in os.environ and "GOMP_SPINCOUNT" not in os.environ:
+        del environment["GOMP_SPINCOUNT"]  # it would win
+    return environment
 
 
 class EngineLink(asyncio.BufferedProtocol):
@@ -67,7 +75,7 @@ class EngineLink(asyncio.BufferedProtocol):
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 process_group=0,  # Ctrl-C reaches the server only, which then ends the engine
-                env={**ENGINE_ENVIRONMENT, **os.environ, "PYTHONPATH": path},
+                env={**engine_environment(), "PYTHONPATH": path},
             )
             on_failure.pop_all()
 

@@ -60,8 +60,8 @@ SPEAKS = """
 import json, os, socket, struct, sys
 sock = socket.socket(fileno=int(sys.argv[sys.argv.index("--fd") + 1]))
 chosen = {name: os.environ.get(name) for name in ("GOMP_SPINCOUNT", "GLIBC_TUNABLES")}
-_, heap = open("/proc/self/smaps").read().split("[heap]", 1)
-is_huge = "hg" in heap.split("VmFlags:", 1)[1].split("\\n", 1)[0].split()
+heap = open("/proc/self/smaps").read().partition("[heap]")[2].partition("VmFlags:")[2]
+is_huge = "hg" in heap.partition("\\n")[0].split()
 for message in ({**chosen, "huge": is_huge}, {"text": "x" * 300_000}, {"n": 2}):
     body = json.dumps(message).encode()
     sock.sendall(struct.pack(">I", len(body)) + body)
@@ -301,13 +301,14 @@ def glibc_advises_huge_pages() -> bool:
     library, version = platform.libc_ver()
     if library != "glibc" or tuple(map(int, version.split("."))) < (2, 35):
         return False
-    return "[madvise]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    return setting.exists() and "[madvise]" in setting.read_text()
 
 
 def test_an_engine_has_settings_of_its_own_unless_the_user_chose_others(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for name in ENGINE_ENVIRONMENT:
+    for name in (*ENGINE_ENVIRONMENT, "OMP_WAIT_POLICY"):
         monkeypatch.delenv(name, raising=False)
     first, *_ = asyncio.run(heard())
     assert first == {**ENGINE_ENVIRONMENT, "huge": glibc_advises_huge_pages()}
@@ -316,3 +317,7 @@ def test_an_engine_has_settings_of_its_own_unless_the_user_chose_others(
         monkeypatch.setenv(name, value)
     first, *_ = asyncio.run(heard())
     assert first == {**theirs, "huge": False}
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
+    first, *_ = asyncio.run(heard())
+    assert first["GOMP_SPINCOUNT"] is None
