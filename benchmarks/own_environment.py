@@ -16,6 +16,6 @@ def start_as_engine() -> None:
 
 
 def without_engine_settings() -> dict[str, str]:
-    """The environment that this program was first started with."""
+    """The environment without what `start_as_engine` adds, for a server that sets it itself."""
     kept = os.environ.items()
     return {name: value for name, value in kept if ENGINE_ENVIRONMENT.get(name) != value}

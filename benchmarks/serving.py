@@ -364,5 +364,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    start_as_engine()
+    if parse().against_engine:  # else this process holds none
+        start_as_engine()
     sys.exit(main())
