@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kernels.configs import launch_config
-from kernels.dispatch import use_triton
+from kernels.dispatch import native, use_native, use_triton
 
 # on a CPU: all rows of a prompt in fp32 would push everything else out of the processor's cache
 _VALUES_AT_ONCE = 1 << 17
@@ -66,6 +66,9 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
         grid = (num_tokens, triton.cdiv(size, config["BLOCK"]))
         silu_and_mul_kernel[grid](gate_up, out, gate_up.stride(0), size, **config)
         return out
+    if use_native(gate_up) and num_tokens > 0:
+        gated: Tensor = native("rows").silu_and_mul(gate_up)
+        return gated
     gate, up = gate_up.chunk(2, dim=-1)
     if gate.dtype != torch.float32:  # rounded to half the bits, silu's vector and tail code agree
         return functional.silu(gate).mul_(up)

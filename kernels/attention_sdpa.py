@@ -19,12 +19,15 @@ import torch
 from torch import Tensor
 
 from kernels.batch import PagedBatch
+from kernels.dispatch import native, use_native
 
 # sizes of keys, in bytes. Decodes of shorter contexts share a call; a shorter run of pages is
 # copied, as calls cost more than copies; longer copies leave the processor's cache
 SHORT_CONTEXT = 1 << 17
 MIN_RUN = 1 << 16
 MAX_COPY = 1 << 21
+# keys that a compiled loop reads sooner than this kernel does
+MAX_NATIVE_KEYS = 1024
 # the kernel takes a thread for a head's tile of rows; for so many keys another one pays
 QUERY_TILE = 32
 MIN_KEYS_PER_THREAD = 512
@@ -94,8 +97,13 @@ def attend(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: PagedBatch, scale: float, out: Tensor
 ) -> None:
     """The rows of ``out`` [num_tokens, num_heads, head_dim]; see `kernels.attention`."""
+    max_native_keys = MAX_NATIVE_KEYS if use_native(q) else 0
+    if max_native_keys and batch.num_decodes:
+        native("attention").attend_decodes(q, k_cache, v_cache, batch, scale, max_native_keys, out)
+        if batch.num_decodes == batch.num_seqs and batch.max_context_len <= max_native_keys:
+            return
     page_size, num_kv_heads, dim = k_cache.shape[1:]
-    plan = batch.once(plan_step, page_size, num_kv_heads * dim, k_cache.dtype)
+    plan = batch.once(plan_step, page_size, num_kv_heads * dim, k_cache.dtype, max_native_keys)
     caches = Caches(k_cache, v_cache, plan.scratch)
     queries = q.view(q.shape[0], num_kv_heads, -1, dim)  # [num_tokens, num_kv_heads, group, dim]
     attended = out.view(queries.shape)
@@ -196,13 +204,21 @@ def copy_pages(cache: Tensor, page_ids: Tensor, scratch: Tensor | None) -> Tenso
     return torch.index_select(cache, 0, page_ids, out=scratch[: math.prod(shape)].view(shape))
 
 
-def plan_step(batch: PagedBatch, page_size: int, values_per_key: int, dtype: torch.dtype) -> Plan:
-    """``values_per_key`` is num_kv_heads * head_dim."""
+def plan_step(
+    batch: PagedBatch,
+    page_size: int,
+    values_per_key: int,
+    dtype: torch.dtype,
+    max_native_keys: int,
+) -> Plan:
+    """``values_per_key`` is num_kv_heads * head_dim; decodes of ``max_native_keys`` are done."""
     key_bytes = values_per_key * dtype.itemsize
     context_lens, starts = batch.context_lens.tolist(), batch.cu_seqlens_q.tolist()
     groups, alone, chunks = [], [], []
     short: dict[int, list[int]] = {}  # by blocks of keys
     for seq, context_len in enumerate(context_lens[: batch.num_decodes]):
+        if context_len <= max_native_keys:
+            continue
         if context_len * key_bytes > SHORT_CONTEXT:
             alone.append(seq)
         else:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from kernels.batch import PagedBatch
 from kernels.configs import launch_config
-from kernels.dispatch import capability_of, use_triton
+from kernels.dispatch import capability_of, native, use_native, use_triton
 from kernels.norm import rms_norm, scale_normed
 from kernels.rope import for_halves, rotate, rotate_halves
 
@@ -231,6 +231,11 @@ def rope_and_write_kv(
         The rotated q, [num_tokens, num_heads, head_dim]; heads and dimensions contiguous.
     """
     num_tokens, num_heads, dim = q.shape
+    if num_tokens > 0 and use_native(q):
+        rotated: Tensor = native("rows").rope_and_write_kv(
+            q, k, v, cos_sin, batch, k_cache, v_cache, q_norm, k_norm, eps
+        )
+        return rotated
     if num_tokens == 0 or not use_triton(q):
         if q_norm is not None:
             q = rms_norm(q.reshape(-1, dim), q_norm, eps).view(q.shape)

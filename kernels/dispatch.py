@@ -1,13 +1,21 @@
-"""Which body of an op runs: Triton on a GPU or under its interpreter, torch otherwise."""
+"""Which body of an op runs: Triton on a GPU or under its interpreter, or else a CPU's.
+
+A CPU has torch's bodies, and for most of a decode step loops compiled by numba where there is one.
+"""
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
+import platform
+import sys
+from typing import Any
 
 import torch
 from torch import Tensor
 
+_NATIVE_DTYPES = frozenset((torch.bfloat16, torch.float32))
 FP8_CAPABILITY = 89  # Ada; sm_80 and sm_86 know no e4m3
 
 
@@ -20,6 +28,40 @@ def interpreting() -> bool:
 def use_triton(tensor: Tensor) -> bool:
     """True if the op that got ``tensor`` should launch its Triton body."""
     return tensor.is_cuda or interpreting()
+
+
+@functools.cache
+def compiles_loops() -> bool:
+    """Whether ``kernels.native`` can be imported; ``NUMBA_DISABLE_JIT=1`` at start says no."""
+    if interpreting() or os.environ.get("NUMBA_DISABLE_JIT", "0") != "0":
+        return False
+    if (sys.platform, platform.machine()) != ("linux", "x86_64"):
+        return False
+    if importlib.util.find_spec("numba") is None:
+        return False
+    try:
+        importlib.import_module("kernels.native")
+    except ImportError:  # a numpy that numba is too old for, or a torch without libgomp
+        return False
+    return True
+
+
+def use_native(tensor: Tensor) -> bool:
+    """True if the op that got ``tensor`` should run its compiled loop, for bf16 and fp32."""
+    return tensor.is_cpu and tensor.dtype in _NATIVE_DTYPES and compiles_loops()
+
+
+@functools.cache
+def native(name: str) -> Any:
+    """The module ``kernels.native_{name}``, where `compiles_loops`."""
+    return importlib.import_module(f"kernels.native_{name}")
+
+
+def prepare_loops(dtype: torch.dtype) -> None:
+    """Compile the loops of a step in ``dtype``, so that no request waits for it: 5 s, once."""
+    if dtype in _NATIVE_DTYPES and compiles_loops():
+        native("rows").prepare(dtype)
+        native("attention").prepare(dtype)
 
 
 @functools.cache

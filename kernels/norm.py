@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.configs import launch_config
-from kernels.dispatch import use_triton
+from kernels.dispatch import native, use_native, use_triton
 
 
 @triton.jit
@@ -77,6 +77,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return x.new_empty(x.shape)
     if use_triton(x):
         return _launch(x, None, weight, eps)[0]
+    if use_native(x):
+        normed: Tensor = native("rows").rms_norm(x, None, weight, eps)[0]
+        return normed
     x32 = x.float()
     inverse = x32.square().mean(dim=-1, keepdim=True).add_(eps).rsqrt_()
     return (x32 * inverse).to(x.dtype) * weight
@@ -97,6 +100,9 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     """
     if use_triton(x) and x.numel() > 0:
         return _launch(x, residual, weight, eps)
+    if use_native(x) and x.numel() > 0:
+        pair: tuple[Tensor, Tensor] = native("rows").rms_norm(x, residual, weight, eps)
+        return pair
     total = x + residual
     return rms_norm(total, weight, eps), total
 

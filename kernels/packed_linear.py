@@ -18,15 +18,18 @@ import functools
 import os
 import platform
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-from kernels.dispatch import interpreting
+from kernels.dispatch import compiles_loops, interpreting, native
 from kernels.int4_linear import Int4Weight, fits_int4, int4_linear, int4_nbytes, pack_int4
 from kernels.int8_linear import Int8Weight, int8_linear, int8_nbytes, pack_int8
 from kernels.linear import in_blocks
+
+if TYPE_CHECKING:
+    from kernels.native_linear import PackedRows
 
 # torch reads it at its first tensor on a CPU: what lies in huge pages is read up to a fifth faster
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
@@ -38,7 +41,8 @@ QUANTIZED: dict[str, PackFormat] = {"int8": "int8", "int4": "int4"}
 
 # rows that the layout is chosen for. In bf16 the one for a row is the only one that reads memory as
 # fast as a plain sum does, given huge pages; prompts take up to a quarter longer than with 32
-_ROWS_HINT = {torch.float32: 32, torch.bfloat16: 1}
+_ROWS_HINT = 32
+_LONE_ROWS_HINT = {torch.float32: 32, torch.bfloat16: 1}
 _LEAST_ROWS = {torch.float32: 2, torch.bfloat16: 1}
 # a packed product takes some 15 us beside its multiplications, in fp32 more than MKL's does
 LEAST_VALUES = {torch.float32: 1 << 18, torch.bfloat16: 0}
@@ -51,9 +55,11 @@ class PackedWeight:
 
     Attributes:
         matrix: opaque, of shape [out_features, in_features].
+        rows: for products of few rows by a compiled loop; None where there is none.
     """
 
     matrix: Tensor
+    rows: PackedRows | None
 
 
 PackedMatrix = PackedWeight | Int8Weight | Int4Weight
@@ -109,7 +115,13 @@ def pack_matrix(weight: Tensor, packing: PackFormat) -> PackedMatrix:
         return pack_int8(weight)
     if packing == "int4":
         return pack_int4(weight, weight.dtype)
-    return PackedWeight(torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS_HINT[weight.dtype]))
+    if compiles_loops():
+        matrix = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS_HINT)
+        rows = native("linear").packed_rows(matrix)
+        if rows is not None or weight.dtype == torch.float32:
+            return PackedWeight(matrix, rows)
+    hint = _LONE_ROWS_HINT[weight.dtype]
+    return PackedWeight(torch.ops.mkldnn._reorder_linear_weight(weight, hint), None)
 
 
 def packed_linear(
@@ -141,12 +153,13 @@ def packed_linear(
     num_tokens, dtype = x.shape[0], weight.matrix.dtype
     if num_tokens == 0:
         return x.new_empty((0, weight.matrix.shape[0]), dtype=out_dtype or dtype)
+    if weight.rows is not None and num_tokens <= weight.rows.max_rows:
+        out: Tensor = native("linear").multiply(x, weight.rows, bias)
+        return out if out_dtype in (None, dtype) else out.to(out_dtype)
     is_padded = num_tokens < _LEAST_ROWS[dtype]
     if is_padded:
         x = torch.nn.functional.pad(x, (0, 0, 0, _LEAST_ROWS[dtype] - num_tokens))
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(
-        x.contiguous(), weight.matrix, bias, "none", [], ""
-    )
+    out = torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight.matrix, bias, "none", [], "")
     if is_padded:
         out = out[:num_tokens]
     return out if out_dtype in (None, dtype) else out.to(out_dtype)

@@ -16,6 +16,7 @@ from typing import Protocol
 
 import torch
 
+from kernels.dispatch import prepare_loops
 from kernels.packed_linear import QUANTIZED, PackFormat
 from runtime.admission import admit
 from runtime.constraints import Constraints
@@ -139,6 +140,8 @@ class Engine:
         preparing.start()
         try:
             load_weights(checkpoint, model, progress or (lambda done, total: None))
+            if device.type == "cpu":
+                prepare_loops(dtype)
         finally:
             preparing.join()  # Python's end can crash beside a thread that still computes
         info = EngineInfo(

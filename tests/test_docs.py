@@ -67,6 +67,7 @@ def test_no_placeholder_is_left(document: str) -> None:
         "HUB_ID",
         "OPENAI_API_BASE_URL",
         "LITELLM_LOCAL_MODEL_COST_MAP",
+        "NUMBA_DISABLE_JIT",
         "OPENAI_API_KEY",
         "TRITON_INTERPRET",
     }

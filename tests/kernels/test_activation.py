@@ -9,6 +9,8 @@ from torch import Tensor
 from kernels.activation import silu_and_mul
 from tests.kernels.passes import DEVICES, DTYPES, assert_matches, assert_test_has_power
 
+pytestmark = pytest.mark.usefixtures("cpu_body")
+
 
 def oracle_silu_and_mul(gate_up: Tensor) -> Tensor:
     gate, up = gate_up.double().chunk(2, dim=-1)

@@ -30,6 +30,8 @@ from tests.kernels.test_mla import SCALE, oracle_mla
 from tests.kernels.test_mla import make as make_latents
 from tests.kernels.test_sparse_mla import TOP_K, draw_selection
 
+pytestmark = pytest.mark.usefixtures("cpu_body")
+
 # query heads, KV heads, head_dim, v_head_dim
 HEADS = [(4, 4, 64, 64), (7, 1, 80, 80), (8, 2, 128, 128), (6, 3, 192, 128), (5, 1, 24, 40)]
 if INTERPRETED:

@@ -1,4 +1,4 @@
-"""The torch bodies of paged_attention: where pages lie, what is worked out once, what bits follow.
+"""A CPU's bodies of paged_attention: where pages lie, what is worked out once, what bits follow.
 
 Contexts here are long enough for every way in which keys are viewed, copied, cut and merged.
 """
@@ -17,7 +17,10 @@ from tests.kernels.paged import Pages, make_pages, oracle_attention, select
 from tests.kernels.passes import INTERPRETED, assert_matches, assert_test_has_power
 from tests.kernels.test_attention import make
 
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="these are the torch bodies")
+pytestmark = [
+    pytest.mark.skipif(INTERPRETED, reason="these are the bodies of CPUs"),
+    pytest.mark.usefixtures("cpu_body"),
+]
 
 LOW = [torch.bfloat16, torch.float16]
 PAGE_SIZE = 16

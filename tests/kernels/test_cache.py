@@ -20,6 +20,8 @@ from tests.kernels.passes import (
     assert_test_has_power,
 )
 
+pytestmark = pytest.mark.usefixtures("cpu_body")
+
 LENGTHS = [(1, 9), (1, 1), (5, 12), (13, 13)]
 NUM_TOKENS = 20
 CANARY = 7.0

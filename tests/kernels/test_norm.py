@@ -9,6 +9,8 @@ from torch import Tensor
 from kernels.norm import add_rms_norm, rms_norm
 from tests.kernels.passes import DEVICES, DTYPES, HALF, assert_matches, assert_test_has_power
 
+pytestmark = pytest.mark.usefixtures("cpu_body")
+
 EPS = 1e-6
 SHAPES = [(1, 192), (5, 33), (3, 2, 37), (2, 1000)]
 

@@ -22,7 +22,10 @@ PACKED = [
     if pack_format(LARGE, dtype, CPU, "dtype") == "dtype"
 ]
 
-pytestmark = pytest.mark.skipif(not PACKED, reason="this CPU or pass packs no weights")
+pytestmark = [
+    pytest.mark.skipif(not PACKED, reason="this CPU or pass packs no weights"),
+    pytest.mark.usefixtures("cpu_body"),
+]
 
 
 @pytest.mark.parametrize("dtype", PACKED)

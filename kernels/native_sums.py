@@ -1,0 +1,210 @@
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+"""What numba's loops of products are made of: sums of products for two blocks of outputs at once.
+
+    bf16    weights of a block [in_features / 2, 32, 2], by vectors for few rows or by AMX tiles
+    fp32    weights of a block [in_features, 64], by vectors
+
+Written in LLVM's instructions, as numba knows neither vectors nor tiles nor prefetching. Left alone
+a processor asks for memory later than it could: two blocks are read side by side, and what lies
+`PREFETCH` bytes ahead is asked for. A lane is an output, so its terms are added in order.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+
+from llvmlite import binding, ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+BF16_BLOCK, FP32_BLOCK = 32, 64
+"""Outputs in a block."""
+MAX_TILE_ROWS, TILE_TERMS = 16, 32
+"""Rows of a tile, and terms of a sum that a tile takes at a time."""
+TILE_CONFIG_BYTES = 64
+PREFETCH = 1536
+_LANES = 16
+_LINE = 64
+_SYS_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA = 158, 0x1023, 18
+
+_void, _i8, _i32, _i64 = ir.VoidType(), ir.IntType(8), ir.IntType(32), ir.IntType(64)
+_pointer = _i8.as_pointer()
+_words, _floats = ir.VectorType(_i32, _LANES), ir.VectorType(ir.FloatType(), _LANES)
+
+
+def _call(builder, name, result, args):
+    kind = ir.FunctionType(result, [arg.type for arg in args])
+    function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.{name}")
+    return builder.call(function, args)
+
+
+def _prefetch(builder, address, num_bytes):
+    module = builder.module
+    kind = ir.FunctionType(_void, [_pointer, _i32, _i32, _i32])
+    function = module.declare_intrinsic("llvm.prefetch", [_pointer], kind)
+    for line in range(PREFETCH, PREFETCH + num_bytes, _LINE):
+        ahead = builder.inttoptr(builder.add(address, _i64(line)), _pointer)
+        builder.call(function, [ahead, _i32(0), _i32(3), _i32(1)])  # to read, into all caches
+
+
+def _load(builder, address, kind):
+    return builder.load(builder.inttoptr(address, kind.as_pointer()), align=2)
+
+
+def _splat(builder, word):
+    undefined = ir.Constant(_words, ir.Undefined)
+    one = builder.insert_element(undefined, word, _i32(0))
+    return builder.shuffle_vector(one, undefined, ir.Constant(_words, [0] * _LANES))
+
+
+def _as_floats(builder, words, is_bf16):
+    """Vectors of the terms in words: two bf16, or one fp32."""
+    if not is_bf16:
+        return [builder.bitcast(words, _floats)]
+    lower = builder.shl(words, ir.Constant(_words, [16] * _LANES))
+    upper = builder.and_(words, ir.Constant(_words, [0xFFFF0000] * _LANES))
+    return [builder.bitcast(lower, _floats), builder.bitcast(upper, _floats)]
+
+
+def sums_by_vectors(block: int, num_rows: int, is_bf16: bool):
+    """An intrinsic for blocks of ``block`` outputs and ``num_rows`` rows.
+
+    It takes the addresses of the two blocks' weights, of the rows (``row_bytes`` apart, dtype of
+    the weights), how many terms to sum, and where to put the sums, [2, num_rows, block] fp32.
+    """
+    num_vectors = block // _LANES
+
+    @intrinsic
+    def sums(_context, first, second, rows, row_bytes, num_terms, out):
+        def generate(context, builder, _signature, args):
+            first, second, rows, row_bytes, num_terms, out = args
+            before = builder.block
+            step, after = builder.append_basic_block(), builder.append_basic_block()
+            builder.branch(step)
+            builder.position_at_end(step)
+            word = builder.phi(_i64)  # 32 bits of each row
+            word.add_incoming(_i64(0), before)
+            sums = [builder.phi(_floats) for _ in range(2 * num_rows * num_vectors)]
+            for phi in sums:
+                phi.add_incoming(ir.Constant(_floats, [0.0] * _LANES), before)
+            factors = []
+            for row in range(num_rows):
+                address = builder.add(rows, builder.mul(row_bytes, _i64(row)))
+                address = builder.add(address, builder.mul(word, _i64(4)))
+                splat = _splat(builder, _load(builder, address, _i32))
+                factors.append(_as_floats(builder, splat, is_bf16))
+            new = list(sums)
+            for which, weights in enumerate((first, second)):
+                address = builder.add(weights, builder.mul(word, _i64(4 * block)))
+                _prefetch(builder, address, 4 * block)
+                for vector in range(num_vectors):
+                    at_vector = builder.add(address, _i64(4 * _LANES * vector))
+                    values = _as_floats(builder, _load(builder, at_vector, _words), is_bf16)
+                    for row in range(num_rows):
+                        i = (which * num_rows + row) * num_vectors + vector
+                        for pair in zip(values, factors[row], strict=True):
+                            new[i] = _call(builder, "fma.v16f32", _floats, [*pair, new[i]])
+            next_word = builder.add(word, _i64(1))
+            word.add_incoming(next_word, step)
+            for phi, value in zip(sums, new, strict=True):
+                phi.add_incoming(value, step)
+            num_words = builder.udiv(num_terms, _i64(2 if is_bf16 else 1))
+            builder.cbranch(builder.icmp_unsigned("<", next_word, num_words), step, after)
+            builder.position_at_end(after)
+            for i, value in enumerate(new):
+                address = builder.add(out, _i64(4 * _LANES * i))
+                builder.store(value, builder.inttoptr(address, _floats.as_pointer()), align=4)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 6), generate
+
+    return sums
+
+
+@functools.cache
+def has_tiles() -> bool:
+    """Whether the CPU multiplies tiles of bf16 (AMX), and Linux lets this process do so."""
+    features = binding.get_host_cpu_features()
+    if not (features.get("amx-tile") and features.get("amx-bf16")):
+        return False
+    request = (_SYS_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA)
+    refused: int = ctypes.CDLL(None).syscall(*request)
+    return not refused
+
+
+# tiles: sums of the first and the second half of either block, rows, weights of both halves
+_SUMS, _ROWS, _WEIGHTS = (0, 1, 2, 3), 4, (5, 6)
+
+
+def tile_config(config, num_rows):
+    """Fill the ``config`` [TILE_CONFIG_BYTES] uint8, zeros, that `configure_tiles` takes."""
+    config[0] = 1  # palette
+    for tile in range(7):
+        config[16 + 2 * tile] = _LINE  # bytes of a row
+        config[48 + tile] = num_rows if tile <= _ROWS else TILE_TERMS // 2
+
+
+@intrinsic
+def configure_tiles(_context, config):
+    """Give the running thread the tiles described at an address, until `release_tiles`."""
+
+    def generate(context, builder, _signature, args):
+        _call(builder, "x86.ldtilecfg", _void, [builder.inttoptr(args[0], _pointer)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+@intrinsic
+def release_tiles(_context):
+    def generate(context, builder, _signature, _args):
+        _call(builder, "x86.tilerelease", _void, [])
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@intrinsic
+def sums_by_tiles(_context, first, second, rows, row_bytes, num_terms, out, out_bytes):
+    """As `sums_by_vectors` in bf16, for as many rows as tiles are configured for.
+
+    ``num_terms`` is a multiple of `TILE_TERMS`, ``out_bytes`` the size of a block's sums.
+    """
+
+    def generate(context, builder, _signature, args):
+        first, second, rows, row_bytes, num_terms, out, out_bytes = args
+        line_bytes = _i64(4 * BF16_BLOCK)
+
+        def tile(name, number, address, stride):
+            pointer = builder.inttoptr(address, _pointer)
+            _call(builder, f"x86.{name}", _void, [_i8(number), pointer, stride])
+
+        for number in _SUMS:
+            _call(builder, "x86.tilezero", _void, [_i8(number)])
+        before = builder.block
+        step, after = builder.append_basic_block(), builder.append_basic_block()
+        builder.branch(step)
+        builder.position_at_end(step)
+        term = builder.phi(_i64)
+        term.add_incoming(_i64(0), before)
+        tile("tileloadd64", _ROWS, builder.add(rows, builder.mul(term, _i64(2))), row_bytes)
+        for which, weights in enumerate((first, second)):
+            address = builder.add(weights, builder.mul(term, _i64(2 * BF16_BLOCK)))
+            _prefetch(builder, address, 2 * BF16_BLOCK * TILE_TERMS)
+            for half, number in enumerate(_WEIGHTS):
+                tile("tileloadd64", number, builder.add(address, _i64(_LINE * half)), line_bytes)
+                operands = [_i8(_SUMS[2 * which + half]), _i8(_ROWS), _i8(number)]
+                _call(builder, "x86.tdpbf16ps", _void, operands)
+        next_term = builder.add(term, _i64(TILE_TERMS))
+        term.add_incoming(next_term, step)
+        builder.cbranch(builder.icmp_unsigned("<", next_term, num_terms), step, after)
+        builder.position_at_end(after)
+        for number in _SUMS:
+            which, half = divmod(number, 2)
+            of_block = builder.add(out, builder.mul(out_bytes, _i64(which)))
+            tile("tilestored64", number, builder.add(of_block, _i64(_LINE * half)), line_bytes)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 7), generate
