@@ -14,12 +14,12 @@ a row has the same bits in any batch.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from kernels.dispatch import interpreting
+from kernels.dispatch import compiles_loops, interpreting, native
 
 MAX_INT8 = 127
 _LOW_STEPS = 2 * MAX_INT8  # low counts steps of 1 / 254: what rounding to high leaves is up to 1/2
@@ -34,10 +34,12 @@ class Int8Weight:
     Attributes:
         matrix: opaque, of shape [in_features, out_features], packed by oneDNN.
         scale: [out_features] fp32.
+        address: of the weights, for products of few rows by a compiled loop; None if there is none.
     """
 
     matrix: Tensor
     scale: Tensor
+    address: int | None = None
 
 
 @functools.cache
@@ -77,7 +79,14 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
 def pack_int8(weight: Tensor) -> Int8Weight:
     """Quantize and pack ``weight`` [out_features, in_features], finite, of any float dtype."""
     values, scale = quantize_int8(weight)
-    return Int8Weight(torch.ops.onednn.qlinear_prepack(values, None), scale)
+    packed = Int8Weight(torch.ops.onednn.qlinear_prepack(values, None), scale)
+    address = native("int8").packed_address(packed.matrix) if compiles_loops() else None
+    if address is not None:
+        x = torch.randn((2, weight.shape[1]), generator=torch.Generator().manual_seed(0))
+        found = native("int8").multiply(x, address, scale, None, torch.float32)
+        if torch.equal(found, _plain_linear(x, packed, None, torch.float32)):
+            return replace(packed, address=address)
+    return packed
 
 
 def int8_linear(
@@ -102,6 +111,17 @@ def int8_linear(
     num_tokens, out_features = x.shape[0], weight.scale.shape[0]
     if num_tokens == 0:
         return x.new_empty((0, out_features), dtype=out_dtype or x.dtype)
+    out_dtype = out_dtype or x.dtype
+    if weight.address is not None and native("int8").takes(x, bias, out_dtype):
+        out: Tensor = native("int8").multiply(x, weight.address, weight.scale, bias, out_dtype)
+        return out
+    return _plain_linear(x, weight, bias, out_dtype)
+
+
+def _plain_linear(
+    x: Tensor, weight: Int8Weight, bias: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    num_tokens = x.shape[0]
     rows = x.float()
     step = rows.abs().amax(dim=1, keepdim=True).clamp_min(_SMALLEST).div_(MAX_INT8)
     scaled = rows / step
@@ -113,7 +133,7 @@ def int8_linear(
     out = torch.add(sums[:num_tokens], sums[num_tokens:], alpha=1 / _LOW_STEPS).mul_(step)
     if bias is not None:
         out += bias
-    return out.to(out_dtype or x.dtype)
+    return out.to(out_dtype)
 
 
 def _product(values: Tensor, weight: Int8Weight) -> Tensor:

@@ -126,7 +126,8 @@ _POINTERS = {
     value_type: _pointer_to(value_type)
     for value_type in (types.uint16, types.float32, types.int32, types.int64)
 }
-BF16, FP32, INT32, INT64 = np.uint16(0), np.float32(0), np.int32(0), np.int64(0)
+BF16, FP32 = np.uint16(0), np.float32(0)
+INT32, INT64 = np.int32(0), np.int64(0)
 """What `array` takes for a dtype; `widen`, `store` and `rounded` know what uint16 means."""
 
 
@@ -180,6 +181,16 @@ def share(num_items):
     """The running thread's items [first, last)."""
     thread, num_threads = _thread_num(), _num_threads()
     return num_items * thread // num_threads, num_items * (thread + 1) // num_threads
+
+
+@intrinsic
+def fma(_context, a, b, c):
+    """A * b + c of fp32, rounded once."""
+
+    def generate(_context, builder, _signature, args):
+        return builder.fma(*args)
+
+    return types.float32(types.float32, types.float32, types.float32), generate
 
 
 @loop

@@ -3,6 +3,7 @@
 
     bf16    weights of a block [in_features / 2, 32, 2], by vectors for few rows or by AMX tiles
     fp32    weights of a block [in_features, 64], by vectors
+    int8    weights of a block [in_features / 4, 64, 4], by tiles, one block at a time
 
 Written in LLVM's instructions, as numba knows neither vectors nor tiles nor prefetching. Left alone
 a processor asks for memory later than it could: two blocks are read side by side, and what lies
@@ -19,10 +20,10 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-BF16_BLOCK, FP32_BLOCK = 32, 64
+BF16_BLOCK, FP32_BLOCK, INT8_BLOCK = 32, 64, 64
 """Outputs in a block."""
-MAX_TILE_ROWS, TILE_TERMS = 16, 32
-"""Rows of a tile, and terms of a sum that a tile takes at a time."""
+MAX_TILE_ROWS, TILE_TERMS, INT8_TILE_TERMS = 16, 32, 64
+"""Rows of a tile, and terms of a sum that a tile takes at a time, in bf16 and in int8."""
 TILE_CONFIG_BYTES = 64
 PREFETCH = 1536
 _LANES = 16
@@ -125,16 +126,16 @@ def sums_by_vectors(block: int, num_rows: int, is_bf16: bool):
 
 @functools.cache
 def has_tiles() -> bool:
-    """Whether the CPU multiplies tiles of bf16 (AMX), and Linux lets this process do so."""
+    """Whether the CPU multiplies tiles of bf16 and int8 (AMX), and Linux lets us."""
     features = binding.get_host_cpu_features()
-    if not (features.get("amx-tile") and features.get("amx-bf16")):
+    if not all(features.get(name) for name in ("amx-tile", "amx-bf16", "amx-int8")):
         return False
     request = (_SYS_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA)
     refused: int = ctypes.CDLL(None).syscall(*request)
     return not refused
 
 
-# tiles: sums of the first and the second half of either block, rows, weights of both halves
+# tiles: sums of 16 outputs each, rows, and weights of 16 outputs
 _SUMS, _ROWS, _WEIGHTS = (0, 1, 2, 3), 4, (5, 6)
 
 
@@ -143,7 +144,7 @@ def tile_config(config, num_rows):
     config[0] = 1  # palette
     for tile in range(7):
         config[16 + 2 * tile] = _LINE  # bytes of a row
-        config[48 + tile] = num_rows if tile <= _ROWS else TILE_TERMS // 2
+        config[48 + tile] = num_rows if tile <= _ROWS else _LANES
 
 
 @intrinsic
@@ -166,6 +167,11 @@ def release_tiles(_context):
     return types.void(), generate
 
 
+def _move_tile(builder, name, number, address, stride):
+    pointer = builder.inttoptr(address, _pointer)
+    _call(builder, f"x86.{name}", _void, [_i8(number), pointer, stride])
+
+
 @intrinsic
 def sums_by_tiles(_context, first, second, rows, row_bytes, num_terms, out, out_bytes):
     """As `sums_by_vectors` in bf16, for as many rows as tiles are configured for.
@@ -176,11 +182,7 @@ def sums_by_tiles(_context, first, second, rows, row_bytes, num_terms, out, out_
     def generate(context, builder, _signature, args):
         first, second, rows, row_bytes, num_terms, out, out_bytes = args
         line_bytes = _i64(4 * BF16_BLOCK)
-
-        def tile(name, number, address, stride):
-            pointer = builder.inttoptr(address, _pointer)
-            _call(builder, f"x86.{name}", _void, [_i8(number), pointer, stride])
-
+        tile = functools.partial(_move_tile, builder)
         for number in _SUMS:
             _call(builder, "x86.tilezero", _void, [_i8(number)])
         before = builder.block
@@ -208,3 +210,40 @@ def sums_by_tiles(_context, first, second, rows, row_bytes, num_terms, out, out_
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 7), generate
+
+
+@intrinsic
+def sums_of_int8(_context, weights, rows, num_terms, out):
+    """Sums of a block of outputs, [rows, 64] int32, for as many rows as tiles are configured for.
+
+    The rows are int8 and contiguous, ``num_terms`` is a multiple of `INT8_TILE_TERMS`.
+    """
+
+    def generate(context, builder, _signature, args):
+        weights, rows, num_terms, out = args
+        line_bytes = _i64(4 * INT8_BLOCK)
+        tile = functools.partial(_move_tile, builder)
+        for number in _SUMS:
+            _call(builder, "x86.tilezero", _void, [_i8(number)])
+        before = builder.block
+        step, after = builder.append_basic_block(), builder.append_basic_block()
+        builder.branch(step)
+        builder.position_at_end(step)
+        term = builder.phi(_i64)
+        term.add_incoming(_i64(0), before)
+        tile("tileloadd64", _ROWS, builder.add(rows, term), num_terms)
+        address = builder.add(weights, builder.mul(term, _i64(INT8_BLOCK)))
+        _prefetch(builder, address, INT8_BLOCK * INT8_TILE_TERMS)
+        for part in _SUMS:
+            number = _WEIGHTS[part % 2]
+            tile("tileloadd64", number, builder.add(address, _i64(_LINE * part)), line_bytes)
+            _call(builder, "x86.tdpbssd", _void, [_i8(part), _i8(_ROWS), _i8(number)])
+        next_term = builder.add(term, _i64(INT8_TILE_TERMS))
+        term.add_incoming(next_term, step)
+        builder.cbranch(builder.icmp_unsigned("<", next_term, num_terms), step, after)
+        builder.position_at_end(after)
+        for part in _SUMS:
+            tile("tilestored64", part, builder.add(out, _i64(_LINE * part)), line_bytes)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), generate
