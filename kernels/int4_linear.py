@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.dispatch import compiles_loops, native
+
 GROUP = 32
 """Inputs that share a scale; ``in_features`` must be a multiple."""
 OUT_MULTIPLE = 64
@@ -31,11 +33,16 @@ class Int4Weight:
 
     Attributes:
         values: [out_features, in_features / 2] uint8, packed.
-        scale_and_middle: [in_features / 32, out_features, 2], dtype of the activations.
+        scale_and_middle: [in_features / 32, out_features, 2], dtype of the activations; for the
+            compiled loop [out_features / 64, in_features / 32, 64, 2], in the order it reads them.
     """
 
     values: Tensor
     scale_and_middle: Tensor
+
+    @property
+    def has_loop(self) -> bool:
+        return self.scale_and_middle.dim() == 4
 
 
 def fits_int4(out_features: int, in_features: int) -> bool:
@@ -70,7 +77,11 @@ def pack_int4(weight: Tensor, dtype: torch.dtype) -> Int4Weight:
         values, scale_and_middle = quantize_int4(weight[first : first + at_once], dtype)
         packed.append(torch.ops.aten._convert_weight_to_int4pack_for_cpu(values, 1))
         scales.append(scale_and_middle)
-    return Int4Weight(torch.cat(packed), torch.cat(scales, dim=1))
+    scale_and_middle = torch.cat(scales, dim=1)
+    if dtype == torch.bfloat16 and compiles_loops() and _block_size() == OUT_MULTIPLE:
+        blocks = scale_and_middle.view(len(scale_and_middle), -1, OUT_MULTIPLE, 2)
+        scale_and_middle = blocks.transpose(0, 1).contiguous()
+    return Int4Weight(torch.cat(packed), scale_and_middle)
 
 
 def int4_linear(
@@ -94,8 +105,15 @@ def int4_linear(
         [num_tokens, out_features] in ``out_dtype``. In fp32, and if ``batch_invariant``, a row has
         the same bits in any batch.
     """
+    if x.shape[0] == 0:
+        return x.new_empty((0, weight.values.shape[0]), dtype=out_dtype or x.dtype)
     takes_packed = batch_invariant or x.dtype == torch.float32 or _block_size() == 0
     if takes_packed or x.shape[0] < _DECODED_FROM_ROWS:
+        if weight.has_loop:
+            summed: Tensor = native("int4").multiply(
+                x, weight.values, weight.scale_and_middle, bias
+            )
+            return summed.to(out_dtype or x.dtype)
         out: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
             x.contiguous(), weight.values, GROUP, weight.scale_and_middle
         )
@@ -118,11 +136,16 @@ def _decoded_product(x: Tensor, weight: Int4Weight) -> Tensor:
 
 def decode_int4(weight: Int4Weight, outputs: slice) -> Tensor:
     """Some outputs of the matrix, whole multiples of 64: [num_outputs, in_features]."""
-    block, num_groups = _block_size(), weight.scale_and_middle.shape[0]
+    block, num_groups = _block_size(), 2 * weight.values.shape[1] // GROUP
     values = _unpacked(weight.values[outputs], block).to(weight.scale_and_middle.dtype)
     values = values.sub_(_MIDDLE_VALUE).view(-1, num_groups, GROUP, block)
-    scale_and_middle = weight.scale_and_middle[:, outputs].view(num_groups, -1, block, 2)
-    scale, middle = scale_and_middle.transpose(0, 1)[:, :, None].unbind(-1)
+    if weight.has_loop:
+        blocks = slice(outputs.start // block, outputs.stop // block)
+        scale_and_middle = weight.scale_and_middle[blocks]
+    else:
+        scale_and_middle = weight.scale_and_middle[:, outputs].view(num_groups, -1, block, 2)
+        scale_and_middle = scale_and_middle.transpose(0, 1)
+    scale, middle = scale_and_middle[:, :, None].unbind(-1)
     decoded = values.mul_(scale).add_(middle)  # [num_blocks, num_groups, 32, block]
     return decoded.flatten(1, 2).mT.reshape(-1, num_groups * GROUP)
 

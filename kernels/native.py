@@ -242,6 +242,17 @@ def _rounded(array, value):
 
 
 @loop
+def max_or_nan(row, least):
+    """The largest magnitude of a row, or ``least`` if that is more; NaN with NaN or infinity."""
+    largest, poison = np.float32(least), np.float32(0)
+    for i in range(row.size):
+        value = widen(row[i])
+        largest = max(largest, abs(value))
+        poison += value * np.float32(0)  # `max` may lose a NaN
+    return largest + poison
+
+
+@loop
 def exp_of_negative(x):
     """exp(x) for x <= 0, within 2e-7 of it; 0 below -87, where it is 1e-38.
 

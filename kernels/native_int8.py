@@ -23,6 +23,7 @@ from kernels.native import (
     fma,
     launch,
     loop,
+    max_or_nan,
     share,
     store,
     widen,
@@ -47,16 +48,6 @@ _LOW_STEP = np.float32(1 / 254)
 _tile_config = register_jitable(tile_config)
 exact_loop = numba.njit(error_model="numpy", fastmath=False)  # else it would be as of its callers
 """Rounds after each operation, as torch's bodies do."""
-
-
-@loop
-def _largest(row):
-    largest, poison = np.float32(0), np.float32(0)
-    for i in range(row.size):
-        value = widen(row[i])
-        largest = max(largest, abs(value))
-        poison += value * np.float32(0)  # NaN of NaN and of infinity, which max may lose
-    return largest + poison
 
 
 @exact_loop
@@ -88,8 +79,7 @@ def _multiply(data, dtype, out_dtype):
     steps = np.empty(num_rows, np.float32)
     for row in range(num_rows):
         x = array(x_at, row * x_stride, num_terms, dtype)
-        largest = _largest(x)
-        steps[row] = (_SMALLEST if largest < _SMALLEST else largest) / _MAX_INT8
+        steps[row] = max_or_nan(x, _SMALLEST) / _MAX_INT8
         _quantize(x, steps[row], quantized[0, row], quantized[1, row])
     config = np.zeros(TILE_CONFIG_BYTES, np.uint8)
     _tile_config(config, 2 * num_rows)

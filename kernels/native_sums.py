@@ -4,6 +4,7 @@
     bf16    weights of a block [in_features / 2, 32, 2], by vectors for few rows or by AMX tiles
     fp32    weights of a block [in_features, 64], by vectors
     int8    weights of a block [in_features / 4, 64, 4], by tiles, one block at a time
+    int4    weights of a block [in_features, 32] bytes, by vectors, one group of inputs at a time
 
 Written in LLVM's instructions, as numba knows neither vectors nor tiles nor prefetching. Left alone
 a processor asks for memory later than it could: two blocks are read side by side, and what lies
@@ -20,7 +21,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-BF16_BLOCK, FP32_BLOCK, INT8_BLOCK = 32, 64, 64
+BF16_BLOCK, FP32_BLOCK, INT8_BLOCK, INT4_BLOCK = 32, 64, 64, 64
 """Outputs in a block."""
 MAX_TILE_ROWS, TILE_TERMS, INT8_TILE_TERMS = 16, 32, 64
 """Rows of a tile, and terms of a sum that a tile takes at a time, in bf16 and in int8."""
@@ -46,8 +47,8 @@ def _prefetch(builder, address, num_bytes):
     kind = ir.FunctionType(_void, [_pointer, _i32, _i32, _i32])
     function = module.declare_intrinsic("llvm.prefetch", [_pointer], kind)
     for line in range(PREFETCH, PREFETCH + num_bytes, _LINE):
-        ahead = builder.inttoptr(builder.add(address, _i64(line)), _pointer)
-        builder.call(function, [ahead, _i32(0), _i32(3), _i32(1)])  # to read, into all caches
+        pointer = builder.inttoptr(builder.add(address, _i64(line)), _pointer)
+        builder.call(function, [pointer, _i32(0), _i32(3), _i32(1)])  # to read, into all caches
 
 
 def _load(builder, address, kind):
@@ -247,3 +248,74 @@ def sums_of_int8(_context, weights, rows, num_terms, out):
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 4), generate
+
+
+def sums_of_int4(num_rows: int, group: int):
+    """An intrinsic: add the products of a group of inputs with a block of outputs to sums.
+
+    It takes the addresses of the group's weights (a byte holds output i below and i + 32 above), of
+    its scales and middles [64, 2] bf16, of the rows' inputs [num_rows, ...] int16, ``row_bytes``
+    apart, of what one counts in each row and what all come to [num_rows, ...] fp32, ``unit_bytes``
+    apart, and of the sums [num_rows, 64] fp32.
+    """
+    num_vectors = INT4_BLOCK // _LANES
+    bytes_of_pair, shorts = ir.VectorType(_i8, _LINE), ir.VectorType(ir.IntType(16), _LINE // 2)
+    # 32 bits of output i: its bytes of one input and the next, each followed by a zero
+    halves = [
+        [at for i in range(first, first + _LANES) for at in (i, _LINE, 32 + i, _LINE)]
+        for first in (0, _LANES)
+    ]
+
+    @intrinsic
+    def add(_context, weights, scales, rows, row_bytes, units, totals, unit_bytes, sums):
+        def generate(context, builder, _signature, args):
+            weights, scales, rows, row_bytes, units, totals, unit_bytes, sums = args
+            _prefetch(builder, weights, group * INT4_BLOCK // 2)
+            _prefetch(builder, scales, 4 * INT4_BLOCK)
+
+            def of_row(address, row, num_bytes):
+                word = _load(builder, builder.add(address, builder.mul(num_bytes, _i64(row))), _i32)
+                return _splat(builder, word)
+
+            products = [ir.Constant(_words, [0] * _LANES)] * (num_rows * num_vectors)
+            for pair in range(group // 2):
+                loaded = _load(builder, builder.add(weights, _i64(_LINE * pair)), bytes_of_pair)
+                values = []
+                for half in halves:
+                    order = ir.Constant(ir.VectorType(_i32, _LINE), half)
+                    zeros = ir.Constant(bytes_of_pair, [0] * _LINE)
+                    both = builder.shuffle_vector(loaded, zeros, order)
+                    both = builder.bitcast(both, shorts)
+                    values.append(builder.and_(both, ir.Constant(shorts, [15] * (_LINE // 2))))
+                    values.append(builder.lshr(both, ir.Constant(shorts, [4] * (_LINE // 2))))
+                for row in range(num_rows):
+                    factors = of_row(builder.add(rows, _i64(4 * pair)), row, row_bytes)
+                    factors = builder.bitcast(factors, shorts)
+                    # the vectors of outputs 0, 16, 32 and 48 on
+                    for vector, value in zip((0, 2, 1, 3), values, strict=True):
+                        name = "x86.avx512.pmaddw.d.512"
+                        product = _call(builder, name, _words, [value, factors])
+                        i = row * num_vectors + vector
+                        products[i] = builder.add(products[i], product)
+            for vector in range(num_vectors):
+                at_vector = _i64(4 * _LANES * vector)
+                words = _load(builder, builder.add(scales, at_vector), _words)
+                scale, middle = _as_floats(builder, words, is_bf16=True)
+                eight = ir.Constant(_floats, [-8.0] * _LANES)
+                base = _call(builder, "fma.v16f32", _floats, [scale, eight, middle])
+                for row in range(num_rows):
+                    total = builder.bitcast(of_row(totals, row, unit_bytes), _floats)
+                    unit = builder.bitcast(of_row(units, row, unit_bytes), _floats)
+                    product = builder.sitofp(products[row * num_vectors + vector], _floats)
+                    at = builder.add(sums, _i64(4 * (row * INT4_BLOCK + _LANES * vector)))
+                    value = _load(builder, at, _floats)
+                    value = _call(builder, "fma.v16f32", _floats, [base, total, value])
+                    scaled = builder.fmul(scale, unit)
+                    value = _call(builder, "fma.v16f32", _floats, [scaled, product, value])
+                    pointer = builder.inttoptr(at, _floats.as_pointer())
+                    builder.store(value, pointer, align=4)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 8), generate
+
+    return add

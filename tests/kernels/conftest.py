@@ -12,5 +12,6 @@ def cpu_body(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     """Ops on a CPU run compiled loops, then torch as on a machine that has no numba."""
     if request.param == "torch":
         monkeypatch.setattr(dispatch, "compiles_loops", lambda: False)
-        monkeypatch.setattr("kernels.packed_linear.compiles_loops", lambda: False)
+        for module in ("packed_linear", "int8_linear", "int4_linear"):
+            monkeypatch.setattr(f"kernels.{module}.compiles_loops", lambda: False)
         monkeypatch.setenv("NUMBA_DISABLE_JIT", "1")  # of processes that a test starts

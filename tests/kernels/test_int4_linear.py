@@ -22,7 +22,10 @@ from kernels.int4_linear import (
 from tests.kernels.passes import DTYPES, assert_matches, assert_test_has_power
 from tests.kernels.test_linear import draw
 
-pytestmark = pytest.mark.skipif(interpreting(), reason="this pass packs nothing")
+pytestmark = [
+    pytest.mark.skipif(interpreting(), reason="this pass packs nothing"),
+    pytest.mark.usefixtures("cpu_body"),
+]
 
 
 def decoded(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -92,6 +95,26 @@ def test_a_row_has_the_same_bits_in_any_batch(dtype: torch.dtype, batch_invarian
     for num_rows in (*range(1, 20), 31, 32, 33, 64, 100, 128, 149):
         part = int4_linear(x[:num_rows], weight, batch_invariant=batch_invariant)
         assert torch.equal(part, whole[:num_rows]), num_rows
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_row_that_is_not_finite_says_so_and_disturbs_no_other(
+    value: float, dtype: torch.dtype
+) -> None:
+    x, weight = draw(5, 192).to(dtype), pack_int4(draw(128, 192, seed=1), dtype)
+    expected = int4_linear(x, weight)
+    x[2, 7] = value
+    out = int4_linear(x, weight)
+    assert not bool(out[2].isfinite().any())
+    others = [0, 1, 3, 4]
+    assert torch.equal(out[others], expected[others])
+
+
+def test_no_rows_give_no_rows() -> None:
+    weight = pack_int4(draw(64, 32), torch.bfloat16)
+    out = int4_linear(torch.empty(0, 32, dtype=torch.bfloat16), weight, out_dtype=torch.float32)
+    assert out.shape == (0, 64) and out.dtype == torch.float32
 
 
 def test_what_fits() -> None:

@@ -15,6 +15,7 @@ from kernels.int8_linear import int8_linear, multiplies_int8, pack_int8, quantiz
 from tests.kernels.passes import DTYPES, assert_matches, assert_test_has_power
 from tests.kernels.test_linear import draw
 
+pytestmark = pytest.mark.usefixtures("cpu_body")
 needs_int8 = pytest.mark.skipif(
     interpreting() or not multiplies_int8(), reason="this CPU or pass multiplies no int8"
 )
@@ -38,7 +39,10 @@ def test_each_weight_becomes_the_nearest_of_its_outputs_255_steps() -> None:
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize(
     ("num_tokens", "in_features", "out_features"),
-    [(1, 13, 7), (1, 192, 96), (3, 192, 96), (7, 33, 129), (64, 100, 31), (200, 64, 48)],
+    [
+        *[(1, 13, 7), (1, 192, 96), (3, 192, 96), (7, 33, 129), (64, 100, 31), (200, 64, 48)],
+        *[(1, 64, 64), (5, 192, 128), (8, 1024, 64)],
+    ],
 )
 def test_agrees_with_float64(
     dtype: torch.dtype, with_bias: bool, num_tokens: int, in_features: int, out_features: int
@@ -70,18 +74,28 @@ def test_what_is_small_beside_an_outlier_is_kept() -> None:
 
 
 @needs_int8
-def test_a_row_has_the_same_bits_in_any_batch() -> None:
-    x, weight, bias = draw(150, 192), pack_int8(draw(96, 192, seed=1)), draw(96, seed=2)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(96, 192), (192, 1024)])  # outputs, inputs
+def test_a_row_has_the_same_bits_in_any_batch(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    x, weight = draw(150, shape[1]).to(dtype), pack_int8(draw(*shape, seed=1))
+    bias = draw(shape[0], seed=2).to(dtype)
     whole = int8_linear(x, weight, bias)
     for num_rows in (*range(1, 20), 31, 32, 33, 64, 100, 149):
         assert torch.equal(int8_linear(x[:num_rows], weight, bias), whole[:num_rows]), num_rows
         assert torch.equal(int8_linear(x[-num_rows:], weight, bias), whole[-num_rows:]), num_rows
+    logits = int8_linear(x, weight, out_dtype=torch.float32)
+    for num_rows in (1, 2, 8):
+        few = int8_linear(x[:num_rows], weight, out_dtype=torch.float32)
+        assert torch.equal(few, logits[:num_rows]), num_rows
 
 
 @needs_int8
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_a_row_that_is_not_finite_says_so_and_disturbs_no_other(value: float) -> None:
-    x, weight = draw(5, 192), pack_int8(draw(96, 192, seed=1))
+@pytest.mark.parametrize("out_features", [96, 128])
+def test_a_row_that_is_not_finite_says_so_and_disturbs_no_other(
+    out_features: int, value: float
+) -> None:
+    x, weight = draw(5, 192), pack_int8(draw(out_features, 192, seed=1))
     expected = int8_linear(x, weight)
     x[2, 7] = value
     out = int8_linear(x, weight)
