@@ -136,16 +136,17 @@ def _decoded_product(x: Tensor, weight: Int4Weight) -> Tensor:
 
 def decode_int4(weight: Int4Weight, outputs: slice) -> Tensor:
     """Some outputs of the matrix, whole multiples of 64: [num_outputs, in_features]."""
+    if weight.has_loop:
+        blocks = slice(outputs.start // OUT_MULTIPLE, outputs.stop // OUT_MULTIPLE)
+        decoded: Tensor = native("int4").decode(
+            weight.values[outputs], weight.scale_and_middle[blocks]
+        )
+        return decoded
     block, num_groups = _block_size(), 2 * weight.values.shape[1] // GROUP
     values = _unpacked(weight.values[outputs], block).to(weight.scale_and_middle.dtype)
     values = values.sub_(_MIDDLE_VALUE).view(-1, num_groups, GROUP, block)
-    if weight.has_loop:
-        blocks = slice(outputs.start // block, outputs.stop // block)
-        scale_and_middle = weight.scale_and_middle[blocks]
-    else:
-        scale_and_middle = weight.scale_and_middle[:, outputs].view(num_groups, -1, block, 2)
-        scale_and_middle = scale_and_middle.transpose(0, 1)
-    scale, middle = scale_and_middle[:, :, None].unbind(-1)
+    scale_and_middle = weight.scale_and_middle[:, outputs].view(num_groups, -1, block, 2)
+    scale, middle = scale_and_middle.transpose(0, 1)[:, :, None].unbind(-1)
     decoded = values.mul_(scale).add_(middle)  # [num_blocks, num_groups, 32, block]
     return decoded.flatten(1, 2).mT.reshape(-1, num_groups * GROUP)
 

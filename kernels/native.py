@@ -124,10 +124,10 @@ def _pointer_to(value_type: types.Type | None) -> Any:
 _pointer = _pointer_to(None)
 _POINTERS = {
     value_type: _pointer_to(value_type)
-    for value_type in (types.uint16, types.float32, types.int32, types.int64)
+    for value_type in (types.uint16, types.float32, types.uint8, types.int32, types.int64)
 }
 BF16, FP32 = np.uint16(0), np.float32(0)
-INT32, INT64 = np.int32(0), np.int64(0)
+UINT8, INT32, INT64 = np.uint8(0), np.int32(0), np.int64(0)
 """What `array` takes for a dtype; `widen`, `store` and `rounded` know what uint16 means."""
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kernels.native import (
     BF16,
+    UINT8,
     arguments,
     array,
     entry,
@@ -120,6 +121,43 @@ def multiply(x: Tensor, values: Tensor, scale_and_middle: Tensor, bias: Tensor |
         num_rows,
         x.stride(0),
         values.shape[0],
+        in_features,
+    )
+    return out
+
+
+def _decode(data):
+    given, _ = arguments(data)
+    values_at, scales_at, out_at, num_outputs, num_terms = given[:5]
+    first, last = share(num_outputs // INT4_BLOCK)
+    for block in range(first, last):
+        start = block * INT4_BLOCK
+        for group in range(num_terms // GROUP):
+            at = start * num_terms + group * GROUP * INT4_BLOCK
+            values = array(values_at, at // 2, (GROUP, INT4_BLOCK // 2), UINT8)
+            at = (start * (num_terms // GROUP) + group * INT4_BLOCK) * 2
+            scales = array(scales_at, at, (INT4_BLOCK, 2), BF16)
+            for i in range(INT4_BLOCK):
+                scale, middle = widen(scales[i, 0]), widen(scales[i, 1])
+                out = array(out_at, (start + i) * num_terms + group * GROUP, GROUP, BF16)
+                for term in range(GROUP):
+                    value = values[term, i % 32]
+                    value = value >> 4 if i >= 32 else value & 15
+                    store(out, term, (np.float32(value) - np.float32(8)) * scale + middle)
+
+
+def decode(values: Tensor, scale_and_middle: Tensor) -> Tensor:
+    """Matrices in bf16, [out_features, in_features], of such outputs."""
+    num_outputs, in_features = values.shape[0], 2 * values.shape[1]
+    out = torch.empty((num_outputs, in_features), dtype=torch.bfloat16)
+    launch(
+        entry(_decode),
+        out.numel(),
+        0.0,
+        values.data_ptr(),
+        scale_and_middle.data_ptr(),
+        out.data_ptr(),
+        num_outputs,
         in_features,
     )
     return out
