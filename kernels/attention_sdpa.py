@@ -211,7 +211,7 @@ def plan_step(
     dtype: torch.dtype,
     max_native_keys: int,
 ) -> Plan:
-    """``values_per_key`` is num_kv_heads * head_dim; decodes of ``max_native_keys`` are done."""
+    """``values_per_key`` is num_kv_heads * head_dim. Decodes up to ``max_native_keys`` are done."""
     key_bytes = values_per_key * dtype.itemsize
     context_lens, starts = batch.context_lens.tolist(), batch.cu_seqlens_q.tolist()
     groups, alone, chunks = [], [], []

@@ -1,9 +1,10 @@
-"""Products on a CPU with int4 weights in groups of 32 inputs, by PyTorch's packed kernel.
+"""Products on a CPU with int4 weights in groups of 32 inputs, packed as PyTorch packs them.
 
     weight[n, k] = (values[n, k] - 8) * scale[n, k // 32] + middle[n, k // 32]     values 0 .. 15
 
-Weight-only: activations stay as they are. The packed kernel multiplies row by row, as fast as the
-weights can be decoded, so that many rows are multiplied by weights that were decoded first, some
+Weight-only: activations stay as they are, or for the compiled loop become 16-bit integers of each
+group's own scale, which hold more than bf16 does. Both multiply row by row, about as fast as they
+can decode weights, so that many rows are multiplied by weights that were decoded before, some
 outputs at a time.
 """
 
@@ -23,7 +24,7 @@ OUT_MULTIPLE = 64
 """``out_features`` must be a multiple: the packed kernel's blocks."""
 _MIDDLE_VALUE = 8
 _MAX_VALUE = 15
-_DECODED_FROM_ROWS = 128  # measured: decoding takes as long as the packed kernel for some 100 rows
+_DECODED_FROM_ROWS = 128  # measured: decoding takes as long as some 100 rows
 _MAX_DECODED_VALUES = 1 << 21  # at a time
 
 
@@ -78,7 +79,7 @@ def pack_int4(weight: Tensor, dtype: torch.dtype) -> Int4Weight:
         packed.append(torch.ops.aten._convert_weight_to_int4pack_for_cpu(values, 1))
         scales.append(scale_and_middle)
     scale_and_middle = torch.cat(scales, dim=1)
-    if dtype == torch.bfloat16 and compiles_loops() and _block_size() == OUT_MULTIPLE:
+    if dtype == torch.bfloat16 and _block_size() == OUT_MULTIPLE and _has_loop():
         blocks = scale_and_middle.view(len(scale_and_middle), -1, OUT_MULTIPLE, 2)
         scale_and_middle = blocks.transpose(0, 1).contiguous()
     return Int4Weight(torch.cat(packed), scale_and_middle)
@@ -122,6 +123,11 @@ def int4_linear(
     if bias is not None:
         out += bias
     return out.to(out_dtype or x.dtype)
+
+
+@functools.cache
+def _has_loop() -> bool:
+    return compiles_loops() and bool(native("int4").prepare())
 
 
 def _decoded_product(x: Tensor, weight: Int4Weight) -> Tensor:

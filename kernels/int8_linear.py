@@ -80,10 +80,12 @@ def pack_int8(weight: Tensor) -> Int8Weight:
     """Quantize and pack ``weight`` [out_features, in_features], finite, of any float dtype."""
     values, scale = quantize_int8(weight)
     packed = Int8Weight(torch.ops.onednn.qlinear_prepack(values, None), scale)
-    address = native("int8").packed_address(packed.matrix) if compiles_loops() else None
+    is_tried = compiles_loops() and weight.dtype != torch.float16
+    address = native("int8").packed_address(packed.matrix, weight.dtype) if is_tried else None
     if address is not None:
         x = torch.randn((2, weight.shape[1]), generator=torch.Generator().manual_seed(0))
-        found = native("int8").multiply(x, address, scale, None, torch.float32)
+        x = x.to(weight.dtype)
+        found = native("int8").multiply(x, address, x.shape[1], scale, None, torch.float32)
         if torch.equal(found, _plain_linear(x, packed, None, torch.float32)):
             return replace(packed, address=address)
     return packed
@@ -113,7 +115,9 @@ def int8_linear(
         return x.new_empty((0, out_features), dtype=out_dtype or x.dtype)
     out_dtype = out_dtype or x.dtype
     if weight.address is not None and native("int8").takes(x, bias, out_dtype):
-        out: Tensor = native("int8").multiply(x, weight.address, weight.scale, bias, out_dtype)
+        out: Tensor = native("int8").multiply(
+            x, weight.address, weight.matrix.shape[0], weight.scale, bias, out_dtype
+        )
         return out
     return _plain_linear(x, weight, bias, out_dtype)
 

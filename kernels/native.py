@@ -14,6 +14,7 @@ Tensors arrive as addresses: numba knows no bf16, whose values are the upper hal
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -30,6 +31,7 @@ from llvmlite import binding, ir
 from numba import types
 from numba.extending import intrinsic, overload
 from numba.np.unsafe.ndarray import to_fixed_tuple
+from torch import Tensor
 
 MAX_ARGS = 20
 # sums in any fixed order, products fused with sums; NaN and infinity keep their meaning
@@ -56,14 +58,17 @@ def _cache_folder() -> Path:
     sources = sorted(Path(__file__).parent.glob("native*.py"))
     versions = f"{numba.__version__} {llvmlite.__version__}".encode()
     digest = hashlib.sha256(versions + b"".join(file.read_bytes() for file in sources))
-    folder = Path(__file__).parent / "__pycache__"
+    folder = Path(numba.config.CACHE_DIR or Path(__file__).parent / "__pycache__")
     if not os.access(folder if folder.exists() else folder.parent, os.W_OK):
-        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        home = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
         folder = Path(home) / "fathom"
     return folder / f"native-{digest.hexdigest()[:12]}"
 
 
-numba.config.CACHE_DIR = str(_cache_folder())
+if numba.config.DISABLE_JIT:
+    raise ImportError("numba is told not to compile")
+with contextlib.suppress(RuntimeError):  # a user without a home
+    numba.config.CACHE_DIR = str(_cache_folder())
 _find_symbols()
 _gomp_parallel = types.ExternalFunction(
     "GOMP_parallel", types.void(types.voidptr, types.voidptr, types.uint32, types.uint32)
@@ -80,7 +85,7 @@ def _kept(decorate: Callable[..., Any], signature: Any, function: Callable[..., 
     options = {"error_model": "numpy", "fastmath": FASTMATH}
     try:
         return decorate(signature, cache=True, **options)(function)
-    except (RuntimeError, OSError):  # no folder to write to
+    except Exception:  # no folder to write to, a damaged file: whatever it is, do without
         return decorate(signature, **options)(function)
 
 
@@ -94,6 +99,22 @@ def entry(function: Callable[[int], None]) -> int:
 
 
 _callbacks: list[Any] = []  # the code goes when they go
+
+
+def has_features(*names: str) -> bool:
+    """Whether loops may use these features of the CPU, in LLVM's names."""
+    if numba.config.CPU_NAME is not None or numba.config.CPU_FEATURES is not None:
+        return False  # numba compiles for another CPU
+    features = binding.get_host_cpu_features()
+    return all(features.get(name, False) for name in names)
+
+
+def check_rows(x: Tensor, bias: Tensor | None, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    """Raise `ValueError` where a product with such a matrix would read what is not there."""
+    if x.dtype != dtype or x.shape[1] != shape[1] or x.stride(1) != 1:
+        raise ValueError(f"rows of {list(x.shape)} {x.dtype} for a matrix of {list(shape)} {dtype}")
+    if bias is not None and (bias.dtype != dtype or bias.shape[0] != shape[0]):
+        raise ValueError(f"bias of {list(bias.shape)} {bias.dtype} for {list(shape)} {dtype}")
 
 
 def launch(entry: int, num_values: int, scalar: float, *args: int) -> None:
@@ -155,7 +176,7 @@ def _run(entry, num_threads, scalar, args):
 
 
 _RUN = types.void(types.int64, types.int64, types.float64, types.UniTuple(types.int64, MAX_ARGS))
-_launch = _kept(numba.njit, _RUN, _run)
+_launch = _kept(functools.partial(numba.njit, nogil=True), _RUN, _run)
 
 
 def array(address, first, shape, dtype):

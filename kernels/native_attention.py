@@ -44,7 +44,9 @@ def _softmax(scores):
 def _attend_bf16(data):
     given, scale = arguments(data)
     q_at, k_cache_at, v_cache_at, out_at, block_table_at, context_lens_at = given[:6]
-    num_decodes, max_pages, page_size, num_heads, num_kv_heads, dim, max_keys = given[6:13]
+    num_decodes, max_pages, page_size, num_heads, num_kv_heads, dim, max_keys, q_stride = given[
+        6:14
+    ]
     group = num_heads // num_kv_heads
     context_lens = array(context_lens_at, 0, num_decodes, INT32)
     query = np.empty((group, dim), np.float32)
@@ -57,9 +59,9 @@ def _attend_bf16(data):
         if num_keys > max_keys:
             continue
         page_ids = array(block_table_at, seq * max_pages, max_pages, INT32)
-        of_group = (seq * num_heads + kv_head * group) * dim
-        q = array(q_at, of_group, group * dim, BF16)
-        out = array(out_at, of_group, group * dim, BF16)
+        first_head = kv_head * group
+        q = array(q_at, seq * q_stride + first_head * dim, group * dim, BF16)
+        out = array(out_at, (seq * num_heads + first_head) * dim, group * dim, BF16)
         for head in range(group):
             for i in range(dim):
                 query[head, i] = widen(q[head * dim + i]) * np.float32(scale)
@@ -123,6 +125,7 @@ def attend_decodes(
         num_kv_heads,
         dim,
         max_keys,
+        q.stride(0),
     )
 
 

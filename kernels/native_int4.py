@@ -21,7 +21,9 @@ from kernels.native import (
     UINT8,
     arguments,
     array,
+    check_rows,
     entry,
+    has_features,
     launch,
     loop,
     max_or_nan,
@@ -108,6 +110,7 @@ def _multiply(data):
 def multiply(x: Tensor, values: Tensor, scale_and_middle: Tensor, bias: Tensor | None) -> Tensor:
     """``kernels.int4_linear.int4_linear`` in bf16, for one row or more."""
     num_rows, in_features = x.shape
+    check_rows(x, bias, torch.bfloat16, (values.shape[0], 2 * values.shape[1]))
     out = torch.empty((num_rows, values.shape[0]), dtype=x.dtype)
     launch(
         entry(_multiply),
@@ -161,3 +164,12 @@ def decode(values: Tensor, scale_and_middle: Tensor) -> Tensor:
         in_features,
     )
     return out
+
+
+def prepare() -> bool:
+    """Compile the loops, if this CPU has what they are written for."""
+    if not has_features("avx512f", "avx512bw"):
+        return False
+    entry(_multiply)
+    entry(_decode)
+    return True

@@ -19,6 +19,7 @@ from kernels.native import (
     FP32,
     arguments,
     array,
+    check_rows,
     entry,
     fma,
     launch,
@@ -124,10 +125,16 @@ def takes(x: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> bool:
 
 
 def multiply(
-    x: Tensor, address: int, scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+    x: Tensor,
+    address: int,
+    in_features: int,
+    scale: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
 ) -> Tensor:
     """``kernels.int8_linear.int8_linear``; ``address`` is from `packed_address`."""
-    num_rows, in_features = x.shape
+    num_rows = x.shape[0]
+    check_rows(x, bias, x.dtype, (scale.shape[0], in_features))
     out = torch.empty((num_rows, scale.shape[0]), dtype=out_dtype)
     launch(
         entry(_MULTIPLY[x.dtype, out_dtype]),
@@ -146,15 +153,19 @@ def multiply(
     return out
 
 
-def packed_address(matrix: Tensor) -> int | None:
+def packed_address(matrix: Tensor, dtype: torch.dtype) -> int | None:
     """Where the weights lie in what ``qlinear_prepack`` made, [in_features, out_features].
 
-    None where this CPU has no tiles, or they cannot lie as `multiply` reads them.
+    None where this CPU has no tiles, or they cannot lie as `multiply` reads them. Otherwise what
+    multiplies rows in ``dtype`` is compiled.
     """
     in_features, out_features = matrix.shape
     fits = out_features % INT8_BLOCK == 0 and in_features % INT8_TILE_TERMS == 0
     num_bytes = out_features * in_features + 4 * out_features  # behind them lie sums of each output
     if not (has_tiles() and fits) or torch.ops.mkldnn._nbytes(matrix) != num_bytes:
         return None
+    for (rows_dtype, _), function in _MULTIPLY.items():
+        if rows_dtype == dtype:
+            entry(function)
     address: int = torch.ops.mkldnn.data_ptr(matrix)
     return address

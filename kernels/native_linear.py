@@ -20,6 +20,7 @@ from kernels.native import (
     FP32,
     arguments,
     array,
+    check_rows,
     entry,
     launch,
     loop,
@@ -169,6 +170,7 @@ class PackedRows:
 
 def multiply(x: Tensor, weight: PackedRows, bias: Tensor | None) -> Tensor:
     """``kernels.packed_linear.packed_linear`` for 1 to ``weight.max_rows`` rows, in their dtype."""
+    check_rows(x, bias, weight.dtype, weight.shape)
     num_rows, (out_features, in_features) = x.shape[0], weight.shape
     if weight.dtype == torch.float32:
         function = _multiply_fp32

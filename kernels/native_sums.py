@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
-"""What numba's loops of products are made of: sums of products for two blocks of outputs at once.
+"""What numba's loops of products are made of: sums of products for blocks of outputs.
 
     bf16    weights of a block [in_features / 2, 32, 2], by vectors for few rows or by AMX tiles
     fp32    weights of a block [in_features, 64], by vectors
@@ -7,19 +7,23 @@
     int4    weights of a block [in_features, 32] bytes, by vectors, one group of inputs at a time
 
 Written in LLVM's instructions, as numba knows neither vectors nor tiles nor prefetching. Left alone
-a processor asks for memory later than it could: two blocks are read side by side, and what lies
-`PREFETCH` bytes ahead is asked for. A lane is an output, so its terms are added in order.
+a processor asks for memory later than it could: what lies `PREFETCH` bytes ahead is asked for, and
+in bf16 and fp32 two blocks are read side by side. In vectors a lane is an output, whose terms are
+added in order.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import os
 
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from kernels.native import has_features
 
 BF16_BLOCK, FP32_BLOCK, INT8_BLOCK, INT4_BLOCK = 32, 64, 64, 64
 """Outputs in a block."""
@@ -128,8 +132,8 @@ def sums_by_vectors(block: int, num_rows: int, is_bf16: bool):
 @functools.cache
 def has_tiles() -> bool:
     """Whether the CPU multiplies tiles of bf16 and int8 (AMX), and Linux lets us."""
-    features = binding.get_host_cpu_features()
-    if not all(features.get(name) for name in ("amx-tile", "amx-bf16", "amx-int8")):
+    is_allowed = "AMX" in os.environ.get("ONEDNN_MAX_CPU_ISA", "AMX").upper()
+    if not (is_allowed and has_features("amx-tile", "amx-bf16", "amx-int8")):
         return False
     request = (_SYS_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA)
     refused: int = ctypes.CDLL(None).syscall(*request)

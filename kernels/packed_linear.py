@@ -8,8 +8,9 @@ Weights stay in their dtype, packed by oneDNN, or become int8 or int4 (``kernels
 A plain product arranges its weights anew at every call, which at one row costs as much as the
 product. A packed weight takes the place of the original; it is opaque and cannot be read back.
 For one number of threads an fp32 row has the same bits in any batch (measured with AVX2 and
-AVX-512): from two rows on oneDNN takes one kernel, so a single row is given a second. With bf16 the
-kernel follows the number of rows, so that batch-invariant products keep their weights unpacked.
+AVX-512): from two rows on oneDNN takes one kernel, so a single row is given a second, or comes to
+the same bits by a loop (``kernels.native_linear``). With bf16 kernels follow the number of rows, so
+that batch-invariant products keep their weights unpacked.
 """
 
 from __future__ import annotations
@@ -39,8 +40,9 @@ PackFormat = Literal["dtype", "int8", "int4"]
 QUANTIZED: dict[str, PackFormat] = {"int8": "int8", "int4": "int4"}
 """The formats that are less, by the name a user gives them."""
 
-# rows that the layout is chosen for. In bf16 the one for a row is the only one that reads memory as
-# fast as a plain sum does, given huge pages; prompts take up to a quarter longer than with 32
+# rows that the layout is chosen for: the first where there is a loop for few rows. In bf16 the one
+# for a row is the only one that oneDNN reads as fast as a plain sum does, given huge pages; prompts
+# take up to a quarter longer with it
 _ROWS_HINT = 32
 _LONE_ROWS_HINT = {torch.float32: 32, torch.bfloat16: 1}
 _LEAST_ROWS = {torch.float32: 2, torch.bfloat16: 1}
@@ -120,6 +122,7 @@ def pack_matrix(weight: Tensor, packing: PackFormat) -> PackedMatrix:
         rows = native("linear").packed_rows(matrix)
         if rows is not None or weight.dtype == torch.float32:
             return PackedWeight(matrix, rows)
+        del matrix
     hint = _LONE_ROWS_HINT[weight.dtype]
     return PackedWeight(torch.ops.mkldnn._reorder_linear_weight(weight, hint), None)
 

@@ -130,11 +130,13 @@ def test_a_prompt_in_chunks_or_token_by_token_equals_the_whole(
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_queries_may_be_rows_of_a_wider_tensor(device: str) -> None:
-    q, k, v = make(MIXED, HEADS[0], torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+def test_queries_may_be_rows_of_a_wider_tensor(dtype: torch.dtype, device: str) -> None:
+    q, k, v = make(MIXED, HEADS[0], dtype)
     pages = make_pages(MIXED, 8, device)
     caches = [pages.scatter(tokens, q.dtype, device) for tokens in (k, v)]
-    wider = torch.cat((q.flatten(1), torch.full((q.shape[0], 16), float("nan"))), dim=1).to(device)
+    beside = torch.full((q.shape[0], 16), float("nan"), dtype=dtype)
+    wider = torch.cat((q.flatten(1), beside), dim=1).to(device)
     view = wider[:, : q[0].numel()].view(q.shape)
     expected = paged_attention(q.to(device), *caches, pages.batch, 0.1)
     assert torch.equal(paged_attention(view, *caches, pages.batch, 0.1), expected)

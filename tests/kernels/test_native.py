@@ -5,7 +5,13 @@ That they compute what they should is tested with their ops, beside torch's bodi
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -128,6 +134,65 @@ def test_nan_stays_where_it_is(dtype: torch.dtype) -> None:
             q, pages.scatter(k, dtype, "cpu"), pages.scatter(v, dtype, "cpu"), pages.batch, 0.2
         )
         assert out.isnan().flatten(1).all(dim=1).tolist() == [False, True, False]
+
+
+def test_what_a_loop_would_read_wrongly_is_refused() -> None:
+    packed = pack(draw(64, 64, seed=1).bfloat16())
+    for x, bias in [
+        (draw(1, 64), None),
+        (draw(1, 62).bfloat16(), None),
+        (draw(1, 128).bfloat16()[:, ::2], None),
+        (draw(1, 64).bfloat16(), draw(64)),
+        (draw(1, 64).bfloat16(), draw(10).bfloat16()),
+    ]:
+        with pytest.raises(ValueError, match="for"):
+            packed_linear(x, packed, bias)
+
+
+def test_other_threads_of_python_run_meanwhile() -> None:
+    """Those of a process that has an engine beside other things."""
+    packed, x = pack(draw(32768, 1024, seed=1).bfloat16()), draw(8, 1024).bfloat16()
+    packed_linear(x, packed)
+    done, counted = threading.Event(), [0]
+
+    def count() -> None:
+        while not done.is_set():
+            time.sleep(0)
+            counted[0] += 1
+
+    thread = threading.Thread(target=count)
+    thread.start()
+    before = counted[0]
+    for _ in range(20):
+        packed_linear(x, packed)
+    during = counted[0] - before
+    done.set()
+    thread.join()
+    assert during > 20
+
+
+@pytest.mark.parametrize("damage", [b"", b"no pickle"])
+def test_a_damaged_cache_is_done_without(damage: bytes, tmp_path: Path) -> None:
+    code = (
+        "import torch\n"
+        "from kernels.norm import rms_norm\n"
+        "print(rms_norm(torch.ones(1, 64), torch.ones(64), 0.0).sum().item())"
+    )
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=Path(__file__).resolve().parents[2],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert done.stdout.split() == ["64.0"]
+        files = [*tmp_path.rglob("*.nbi")]
+        assert files
+        for file in files:
+            file.write_bytes(damage)
 
 
 def test_without_a_folder_to_keep_code_in(monkeypatch: pytest.MonkeyPatch) -> None:

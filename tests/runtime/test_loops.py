@@ -20,10 +20,12 @@ pytestmark = pytest.mark.skipif(not compiles_loops(), reason="no numba, or no CP
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run(dtype: str) -> dict[str, Any]:
+def run(dtype: str, quantization: str) -> dict[str, Any]:
     """Greedy answers of the embedded model, and how much was compiled while it answered."""
     engine = Engine.from_checkpoint(
-        EngineConfig(model=str(TINY), device="cpu", dtype=dtype, num_threads=1)
+        EngineConfig(
+            model=str(TINY), device="cpu", dtype=dtype, quantization=quantization, num_threads=1
+        )
     )
     assert engine.tokenizer is not None
     num_compiled = _num_compiled()
@@ -41,9 +43,10 @@ def _num_compiled() -> int:
     return 0 if native is None else len(native._callbacks)
 
 
-def run_in_process(dtype: str, **environment: str) -> dict[str, Any]:
+def run_in_process(dtype: str, quantization: str, **environment: str) -> dict[str, Any]:
     code = (
-        f"import json\nfrom tests.runtime.test_loops import run\nprint(json.dumps(run({dtype!r})))"
+        "import json\nfrom tests.runtime.test_loops import run\n"
+        f"print(json.dumps(run({dtype!r}, {quantization!r})))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -58,12 +61,23 @@ def run_in_process(dtype: str, **environment: str) -> dict[str, Any]:
     return answer
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_machine_without_numba_gives_the_same_answers(dtype: str) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "quantization", "num_equal"),
+    # bf16 rounds ties to either side
+    [
+        ("float32", "auto", 6),
+        ("bfloat16", "auto", 4),
+        ("bfloat16", "int8", 4),
+        ("bfloat16", "int4", 3),
+    ],
+)
+def test_a_machine_without_numba_gives_the_same_answers(
+    dtype: str, quantization: str, num_equal: int
+) -> None:
     """And no request waits for a compiler where there is one."""
-    plain = run_in_process(dtype, NUMBA_DISABLE_JIT="1")
-    looped = run_in_process(dtype)
+    plain = run_in_process(dtype, quantization, NUMBA_DISABLE_JIT="1")
+    looped = run_in_process(dtype, quantization)
     assert plain["loops"] == 0 and looped["loops"] >= 3
     assert looped["compiled"] == 0
     same = [a == b for a, b in zip(plain["tokens"], looped["tokens"], strict=True)]
-    assert all(same) if dtype == "float32" else sum(same) >= 4  # bf16 rounds ties to either side
+    assert sum(same) >= num_equal
