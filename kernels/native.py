@@ -206,7 +206,7 @@ def share(num_items):
 
 @intrinsic
 def fma(_context, a, b, c):
-    """A * b + c of fp32, rounded once."""
+    """Of fp32, a * b + c, rounded once."""
 
     def generate(_context, builder, _signature, args):
         return builder.fma(*args)
