@@ -6,7 +6,7 @@ A CPU has torch's bodies, and for most of a decode step loops compiled by numba 
 from __future__ import annotations
 
 import functools
-import importlib.util
+import importlib
 import os
 import platform
 import sys
@@ -37,11 +37,9 @@ def compiles_loops() -> bool:
         return False
     if (sys.platform, platform.machine()) != ("linux", "x86_64"):
         return False
-    if importlib.util.find_spec("numba") is None:
-        return False
     try:
         importlib.import_module("kernels.native")
-    except Exception:  # a numpy, a numba or a torch that do not go together: do without
+    except Exception:  # no numba, or one that does not go with numpy or torch: do without
         return False
     return True
 

@@ -263,6 +263,17 @@ def _rounded(array, value):
 
 
 @loop
+def store_block(sums, block, bias, out):
+    """Put a block of outputs, fp32 sums plus bias, where it belongs; a bias of size 0 is none."""
+    start = block * sums.size
+    for i in range(sums.size):
+        total = sums[i]
+        if bias.size > 0:
+            total += widen(bias[start + i])
+        store(out, start + i, total)
+
+
+@loop
 def max_or_nan(row, least):
     """The largest magnitude of a row, or ``least`` if that is more; NaN with NaN or infinity."""
     largest, poison = np.float32(least), np.float32(0)

@@ -41,6 +41,14 @@ def _softmax(scores):
         scores[i] /= total
 
 
+@loop
+def _read(cache_at, page_ids, page_size, position, num_kv_heads, kv_head, row):
+    slot = np.int64(page_ids[position // page_size]) * page_size + position % page_size
+    kept = array(cache_at, (slot * num_kv_heads + kv_head) * row.size, row.size, BF16)
+    for i in range(row.size):
+        row[i] = widen(kept[i])
+
+
 def _attend_bf16(data):
     given, scale = arguments(data)
     q_at, k_cache_at, v_cache_at, out_at, block_table_at, context_lens_at = given[:6]
@@ -68,10 +76,7 @@ def _attend_bf16(data):
                 attended[head, i] = 0
         scores = np.empty((group, num_keys), np.float32)
         for position in range(num_keys):
-            slot = np.int64(page_ids[position // page_size]) * page_size + position % page_size
-            key = array(k_cache_at, (slot * num_kv_heads + kv_head) * dim, dim, BF16)
-            for i in range(dim):
-                row[i] = widen(key[i])
+            _read(k_cache_at, page_ids, page_size, position, num_kv_heads, kv_head, row)
             for head in range(group):
                 score = np.float32(0)
                 for i in range(dim):
@@ -80,10 +85,7 @@ def _attend_bf16(data):
         for head in range(group):
             _softmax(scores[head])
         for position in range(num_keys):
-            slot = np.int64(page_ids[position // page_size]) * page_size + position % page_size
-            value = array(v_cache_at, (slot * num_kv_heads + kv_head) * dim, dim, BF16)
-            for i in range(dim):
-                row[i] = widen(value[i])
+            _read(v_cache_at, page_ids, page_size, position, num_kv_heads, kv_head, row)
             for head in range(group):
                 weight = scores[head, position]
                 for i in range(dim):

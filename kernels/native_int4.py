@@ -29,6 +29,7 @@ from kernels.native import (
     max_or_nan,
     share,
     store,
+    store_block,
     widen,
 )
 from kernels.native_sums import INT4_BLOCK, sums_of_int4
@@ -62,6 +63,7 @@ def _multiply(data):
     num_rows, x_stride, out_features, num_terms = given[5:9]
     num_padded = num_rows if num_rows <= 2 else -(-num_rows // _ROWS_AT_ONCE) * _ROWS_AT_ONCE
     num_groups = num_terms // GROUP
+    bias = array(bias_at, 0, out_features if bias_at != 0 else 0, BF16)
     quantized = np.zeros((num_padded, num_terms), np.int16)
     units = np.zeros((num_padded, num_groups), np.float32)
     totals = np.zeros((num_padded, num_groups), np.float32)
@@ -82,29 +84,17 @@ def _multiply(data):
                 units_at = units.ctypes.data + (row * num_groups + group) * 4
                 totals_at = totals.ctypes.data + (row * num_groups + group) * 4
                 sums_at = sums.ctypes.data + row * INT4_BLOCK * 4
+                given_rows = rows_at, row_bytes, units_at, totals_at, unit_bytes
                 if num_padded == 1:
-                    _add_one_row(
-                        *(weights, scales, rows_at, row_bytes),
-                        *(units_at, totals_at, unit_bytes, sums_at),
-                    )
+                    _add_one_row(weights, scales, *given_rows, sums_at)
                 elif num_padded == 2:
-                    _add_two_rows(
-                        *(weights, scales, rows_at, row_bytes),
-                        *(units_at, totals_at, unit_bytes, sums_at),
-                    )
+                    _add_two_rows(weights, scales, *given_rows, sums_at)
                 else:
-                    _add_four_rows(
-                        *(weights, scales, rows_at, row_bytes),
-                        *(units_at, totals_at, unit_bytes, sums_at),
-                    )
+                    _add_four_rows(weights, scales, *given_rows, sums_at)
         for row in range(num_rows):
-            out = array(out_at, row * out_features + start, INT4_BLOCK, BF16)
-            bias = array(bias_at, start, INT4_BLOCK if bias_at != 0 else 0, BF16)
-            for i in range(INT4_BLOCK):
-                total = sums[row, i]
-                if bias.size > 0:
-                    total += widen(bias[i])
-                store(out, i, total)
+            store_block(
+                sums[row], block, bias, array(out_at, row * out_features, out_features, BF16)
+            )
 
 
 def multiply(x: Tensor, values: Tensor, scale_and_middle: Tensor, bias: Tensor | None) -> Tensor:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import numba
 import numpy as np
 import torch
-from numba.extending import register_jitable
 from torch import Tensor
 
 from kernels.native import (
@@ -33,12 +32,10 @@ from kernels.native_sums import (
     INT8_BLOCK,
     INT8_TILE_TERMS,
     MAX_TILE_ROWS,
-    TILE_CONFIG_BYTES,
     configure_tiles,
     has_tiles,
     release_tiles,
     sums_of_int8,
-    tile_config,
 )
 
 MAX_ROWS = MAX_TILE_ROWS // 2
@@ -46,7 +43,6 @@ MAX_ROWS = MAX_TILE_ROWS // 2
 _MAX_INT8, _LOW_STEPS, _SMALLEST = np.float32(127), np.float32(254), np.float32(1e-30)
 _LOW_STEP = np.float32(1 / 254)
 
-_tile_config = register_jitable(tile_config)
 exact_loop = numba.njit(error_model="numpy", fastmath=False)  # else it would be as of its callers
 """Rounds after each operation, as torch's bodies do."""
 
@@ -82,9 +78,7 @@ def _multiply(data, dtype, out_dtype):
         x = array(x_at, row * x_stride, num_terms, dtype)
         steps[row] = max_or_nan(x, _SMALLEST) / _MAX_INT8
         _quantize(x, steps[row], quantized[0, row], quantized[1, row])
-    config = np.zeros(TILE_CONFIG_BYTES, np.uint8)
-    _tile_config(config, 2 * num_rows)
-    configure_tiles(config.ctypes.data)
+    configure_tiles(2 * num_rows)
     sums = np.empty((2, num_rows, INT8_BLOCK), np.int32)
     first, last = share(out_features // INT8_BLOCK)
     for block in range(first, last):

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numba.extending import register_jitable
 from torch import Tensor
 
 from kernels.native import (
@@ -25,21 +24,18 @@ from kernels.native import (
     launch,
     loop,
     share,
-    store,
-    widen,
+    store_block,
 )
 from kernels.native_sums import (
     BF16_BLOCK,
     FP32_BLOCK,
     MAX_TILE_ROWS,
-    TILE_CONFIG_BYTES,
     TILE_TERMS,
     configure_tiles,
     has_tiles,
     release_tiles,
     sums_by_tiles,
     sums_by_vectors,
-    tile_config,
 )
 
 _BLOCK = {torch.bfloat16: BF16_BLOCK, torch.float32: FP32_BLOCK}
@@ -52,7 +48,6 @@ _sums_of_two_rows = sums_by_vectors(BF16_BLOCK, 2, is_bf16=True)
 _sums_of_three_rows = sums_by_vectors(BF16_BLOCK, 3, is_bf16=True)
 _sums_of_four_rows = sums_by_vectors(BF16_BLOCK, 4, is_bf16=True)
 _sums_in_fp32 = sums_by_vectors(FP32_BLOCK, 1, is_bf16=False)
-_tile_config = register_jitable(tile_config)
 
 
 @loop
@@ -63,14 +58,12 @@ def _halves(num_blocks):
 
 
 @loop
-def _finish(sums, block, bias, out):
-    # sums: [outputs of a block] fp32
-    start = block * sums.size
-    for i in range(sums.size):
-        total = sums[i]
-        if bias.size > 0:
-            total += widen(bias[start + i])
-        store(out, start + i, total)
+def _store_rows(sums, left, right, bias, out_at, out_features):
+    # sums: [2, num_rows, block size] fp32, of the blocks left and right
+    for row in range(sums.shape[1]):
+        out = array(out_at, row * out_features, out_features, BF16)
+        store_block(sums[0, row], left, bias, out)
+        store_block(sums[1, row], right, bias, out)
 
 
 def _multiply_bf16(data):
@@ -91,10 +84,7 @@ def _multiply_bf16(data):
             _sums_of_three_rows(left_at, right_at, x_at, row_bytes, num_terms, sums_at)
         else:
             _sums_of_four_rows(left_at, right_at, x_at, row_bytes, num_terms, sums_at)
-        for row in range(num_rows):
-            out = array(out_at, row * out_features, out_features, BF16)
-            _finish(sums[0, row], left, bias, out)
-            _finish(sums[1, row], right, bias, out)
+        _store_rows(sums, left, right, bias, out_at, out_features)
 
 
 def _multiply_tiles(data):
@@ -103,9 +93,7 @@ def _multiply_tiles(data):
     bias = array(bias_at, 0, out_features if bias_at != 0 else 0, BF16)
     sums = np.empty((2, num_rows, BF16_BLOCK), np.float32)
     row_bytes, block_bytes = x_stride * 2, BF16_BLOCK * num_terms * 2
-    config = np.zeros(TILE_CONFIG_BYTES, np.uint8)
-    _tile_config(config, num_rows)
-    configure_tiles(config.ctypes.data)
+    configure_tiles(num_rows)
     first, last, middle = _halves(out_features // BF16_BLOCK)
     for left in range(first, middle):
         right = min(left - first + middle, last - 1)
@@ -118,10 +106,7 @@ def _multiply_tiles(data):
             sums.ctypes.data,
             num_rows * BF16_BLOCK * 4,
         )
-        for row in range(num_rows):
-            out = array(out_at, row * out_features, out_features, BF16)
-            _finish(sums[0, row], left, bias, out)
-            _finish(sums[1, row], right, bias, out)
+        _store_rows(sums, left, right, bias, out_at, out_features)
     release_tiles()
 
 
@@ -146,8 +131,8 @@ def _multiply_fp32(data):
                 sums.ctypes.data,
             )
             totals += sums
-        _finish(totals[0], left, bias, out)
-        _finish(totals[1], right, bias, out)
+        store_block(totals[0], left, bias, out)
+        store_block(totals[1], right, bias, out)
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +198,7 @@ def packed_rows(matrix: Tensor) -> PackedRows | None:
     expected = torch.ops.mkldnn._linear_pointwise(x, matrix, None, "none", [], "")
     tolerance = expected.abs().max() / 128 if dtype == torch.bfloat16 else 0
     address = torch.ops.mkldnn.data_ptr(matrix)
-    for terms_at_once in (shape[1], *_TERMS_AT_ONCE):
+    for terms_at_once in (shape[1], *(_TERMS_AT_ONCE if dtype == torch.float32 else ())):
         rows = PackedRows(address, shape, dtype, max_rows, terms_at_once)
         found = torch.cat([multiply(part, rows, None) for part in (x[:1], *x[1:].split(max_rows))])
         if bool(((found - expected).abs() <= tolerance).all()):

@@ -14,22 +14,23 @@ added in order.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from kernels.native import has_features
+from kernels.native import has_features, loop
 
 BF16_BLOCK, FP32_BLOCK, INT8_BLOCK, INT4_BLOCK = 32, 64, 64, 64
 """Outputs in a block."""
 MAX_TILE_ROWS, TILE_TERMS, INT8_TILE_TERMS = 16, 32, 64
 """Rows of a tile, and terms of a sum that a tile takes at a time, in bf16 and in int8."""
-TILE_CONFIG_BYTES = 64
 PREFETCH = 1536
 _LANES = 16
 _LINE = 64
@@ -144,23 +145,24 @@ def has_tiles() -> bool:
 _SUMS, _ROWS, _WEIGHTS = (0, 1, 2, 3), 4, (5, 6)
 
 
-def tile_config(config, num_rows):
-    """Fill the ``config`` [TILE_CONFIG_BYTES] uint8, zeros, that `configure_tiles` takes."""
-    config[0] = 1  # palette
-    for tile in range(7):
-        config[16 + 2 * tile] = _LINE  # bytes of a row
-        config[48 + tile] = num_rows if tile <= _ROWS else _LANES
-
-
 @intrinsic
-def configure_tiles(_context, config):
-    """Give the running thread the tiles described at an address, until `release_tiles`."""
-
+def _load_tile_config(_context, config):
     def generate(context, builder, _signature, args):
         _call(builder, "x86.ldtilecfg", _void, [builder.inttoptr(args[0], _pointer)])
         return context.get_dummy_value()
 
     return types.void(types.int64), generate
+
+
+@loop
+def configure_tiles(num_rows):
+    """Give the running thread tiles for so many rows, until `release_tiles`."""
+    config = np.zeros(64, np.uint8)
+    config[0] = 1  # palette
+    for tile in range(7):
+        config[16 + 2 * tile] = _LINE  # bytes of a row
+        config[48 + tile] = num_rows if tile <= _ROWS else _LANES
+    _load_tile_config(config.ctypes.data)
 
 
 @intrinsic
@@ -177,6 +179,24 @@ def _move_tile(builder, name, number, address, stride):
     _call(builder, f"x86.{name}", _void, [_i8(number), pointer, stride])
 
 
+@contextlib.contextmanager
+def _each_tile(builder, num_terms, step):
+    """Zero the sums, then do the body with the first term of each ``step`` of ``num_terms``."""
+    for number in _SUMS:
+        _call(builder, "x86.tilezero", _void, [_i8(number)])
+    before = builder.block
+    body, after = builder.append_basic_block(), builder.append_basic_block()
+    builder.branch(body)
+    builder.position_at_end(body)
+    term = builder.phi(_i64)
+    term.add_incoming(_i64(0), before)
+    yield term
+    next_term = builder.add(term, _i64(step))
+    term.add_incoming(next_term, body)
+    builder.cbranch(builder.icmp_unsigned("<", next_term, num_terms), body, after)
+    builder.position_at_end(after)
+
+
 @intrinsic
 def sums_by_tiles(_context, first, second, rows, row_bytes, num_terms, out, out_bytes):
     """As `sums_by_vectors` in bf16, for as many rows as tiles are configured for.
@@ -188,26 +208,17 @@ def sums_by_tiles(_context, first, second, rows, row_bytes, num_terms, out, out_
         first, second, rows, row_bytes, num_terms, out, out_bytes = args
         line_bytes = _i64(4 * BF16_BLOCK)
         tile = functools.partial(_move_tile, builder)
-        for number in _SUMS:
-            _call(builder, "x86.tilezero", _void, [_i8(number)])
-        before = builder.block
-        step, after = builder.append_basic_block(), builder.append_basic_block()
-        builder.branch(step)
-        builder.position_at_end(step)
-        term = builder.phi(_i64)
-        term.add_incoming(_i64(0), before)
-        tile("tileloadd64", _ROWS, builder.add(rows, builder.mul(term, _i64(2))), row_bytes)
-        for which, weights in enumerate((first, second)):
-            address = builder.add(weights, builder.mul(term, _i64(2 * BF16_BLOCK)))
-            _prefetch(builder, address, 2 * BF16_BLOCK * TILE_TERMS)
-            for half, number in enumerate(_WEIGHTS):
-                tile("tileloadd64", number, builder.add(address, _i64(_LINE * half)), line_bytes)
-                operands = [_i8(_SUMS[2 * which + half]), _i8(_ROWS), _i8(number)]
-                _call(builder, "x86.tdpbf16ps", _void, operands)
-        next_term = builder.add(term, _i64(TILE_TERMS))
-        term.add_incoming(next_term, step)
-        builder.cbranch(builder.icmp_unsigned("<", next_term, num_terms), step, after)
-        builder.position_at_end(after)
+        with _each_tile(builder, num_terms, TILE_TERMS) as term:
+            tile("tileloadd64", _ROWS, builder.add(rows, builder.mul(term, _i64(2))), row_bytes)
+            for which, weights in enumerate((first, second)):
+                address = builder.add(weights, builder.mul(term, _i64(2 * BF16_BLOCK)))
+                _prefetch(builder, address, 2 * BF16_BLOCK * TILE_TERMS)
+                for half, number in enumerate(_WEIGHTS):
+                    tile(
+                        "tileloadd64", number, builder.add(address, _i64(_LINE * half)), line_bytes
+                    )
+                    operands = [_i8(_SUMS[2 * which + half]), _i8(_ROWS), _i8(number)]
+                    _call(builder, "x86.tdpbf16ps", _void, operands)
         for number in _SUMS:
             which, half = divmod(number, 2)
             of_block = builder.add(out, builder.mul(out_bytes, _i64(which)))
@@ -228,25 +239,14 @@ def sums_of_int8(_context, weights, rows, num_terms, out):
         weights, rows, num_terms, out = args
         line_bytes = _i64(4 * INT8_BLOCK)
         tile = functools.partial(_move_tile, builder)
-        for number in _SUMS:
-            _call(builder, "x86.tilezero", _void, [_i8(number)])
-        before = builder.block
-        step, after = builder.append_basic_block(), builder.append_basic_block()
-        builder.branch(step)
-        builder.position_at_end(step)
-        term = builder.phi(_i64)
-        term.add_incoming(_i64(0), before)
-        tile("tileloadd64", _ROWS, builder.add(rows, term), num_terms)
-        address = builder.add(weights, builder.mul(term, _i64(INT8_BLOCK)))
-        _prefetch(builder, address, INT8_BLOCK * INT8_TILE_TERMS)
-        for part in _SUMS:
-            number = _WEIGHTS[part % 2]
-            tile("tileloadd64", number, builder.add(address, _i64(_LINE * part)), line_bytes)
-            _call(builder, "x86.tdpbssd", _void, [_i8(part), _i8(_ROWS), _i8(number)])
-        next_term = builder.add(term, _i64(INT8_TILE_TERMS))
-        term.add_incoming(next_term, step)
-        builder.cbranch(builder.icmp_unsigned("<", next_term, num_terms), step, after)
-        builder.position_at_end(after)
+        with _each_tile(builder, num_terms, INT8_TILE_TERMS) as term:
+            tile("tileloadd64", _ROWS, builder.add(rows, term), num_terms)
+            address = builder.add(weights, builder.mul(term, _i64(INT8_BLOCK)))
+            _prefetch(builder, address, INT8_BLOCK * INT8_TILE_TERMS)
+            for part in _SUMS:
+                number = _WEIGHTS[part % 2]
+                tile("tileloadd64", number, builder.add(address, _i64(_LINE * part)), line_bytes)
+                _call(builder, "x86.tdpbssd", _void, [_i8(part), _i8(_ROWS), _i8(number)])
         for part in _SUMS:
             tile("tilestored64", part, builder.add(out, _i64(_LINE * part)), line_bytes)
         return context.get_dummy_value()
