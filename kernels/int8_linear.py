@@ -22,6 +22,7 @@ from torch import Tensor
 from kernels.dispatch import compiles_loops, interpreting, native
 
 MAX_INT8 = 127
+_ZERO = 128  # of rows in uint8: without AMX oneDNN takes its reference kernel for int8 by int8
 _LOW_STEPS = 2 * MAX_INT8  # low counts steps of 1 / 254: what rounding to high leaves is up to 1/2
 _MAX_QUANTIZED_VALUES = 1 << 20  # at a time: a head in fp32 would be larger than all that is kept
 _SMALLEST = 1e-30  # of a row's largest: a row of zeros divides by it
@@ -44,13 +45,14 @@ class Int8Weight:
 
 @functools.cache
 def multiplies_int8() -> bool:
-    """Whether this CPU's int8 products are exact: those of AVX2 without VNNI saturate."""
+    """Whether this CPU's int8 products are exact: without VNNI they saturate."""
     if interpreting() or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     extreme = torch.full((64, 256), MAX_INT8, dtype=torch.int8)  # rows that take the tiled kernels
+    rows = torch.full((64, 256), _ZERO + MAX_INT8, dtype=torch.uint8)
     try:
         weight = Int8Weight(torch.ops.onednn.qlinear_prepack(extreme, None), torch.ones(64))
-        return bool((_product(extreme, weight) == 256 * MAX_INT8**2).all())
+        return bool((_product(rows, weight) == 256 * MAX_INT8**2).all())
     except RuntimeError:
         return False
 
@@ -129,10 +131,10 @@ def _plain_linear(
     rows = x.float()
     step = rows.abs().amax(dim=1, keepdim=True).clamp_min(_SMALLEST).div_(MAX_INT8)
     scaled = rows / step
-    halves = torch.empty((2, *x.shape), dtype=torch.int8)
+    halves = torch.empty((2, *x.shape), dtype=torch.uint8)
     high = scaled.round()
-    halves[0] = high
-    halves[1] = scaled.sub_(high).mul_(_LOW_STEPS).round_()
+    halves[0] = high + _ZERO
+    halves[1] = scaled.sub_(high).mul_(_LOW_STEPS).round_().add_(_ZERO)
     sums = _product(halves.flatten(0, 1), weight)
     out = torch.add(sums[:num_tokens], sums[num_tokens:], alpha=1 / _LOW_STEPS).mul_(step)
     if bias is not None:
@@ -141,10 +143,10 @@ def _plain_linear(
 
 
 def _product(values: Tensor, weight: Int8Weight) -> Tensor:
-    """[num_rows, in_features] int8 times the scaled weight: [num_rows, out_features] fp32."""
+    """Values [num_rows, in_features] uint8 less 128, times the scaled weight: fp32."""
     zeros = _zero_points(weight.scale.shape[0])
     out: Tensor = torch.ops.onednn.qlinear_pointwise(
-        *(values, 1.0, 0),
+        *(values, 1.0, _ZERO),
         *(weight.matrix, weight.scale, zeros, None),
         *(1.0, 0, torch.float32, "none", [], ""),
     )

@@ -8,6 +8,7 @@ row's do not follow its batch. `packed_rows` tries each matrix, and takes none w
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,6 +32,7 @@ from kernels.native_sums import (
     FP32_BLOCK,
     MAX_TILE_ROWS,
     TILE_TERMS,
+    WIDE_BF16_BLOCK,
     configure_tiles,
     has_tiles,
     release_tiles,
@@ -38,8 +40,11 @@ from kernels.native_sums import (
     sums_by_vectors,
 )
 
-_BLOCK = {torch.bfloat16: BF16_BLOCK, torch.float32: FP32_BLOCK}
-_MAX_VECTOR_ROWS = {torch.bfloat16: 4, torch.float32: 1}
+# the blocks that oneDNN is known to pack, and rows by vectors: sums must fit into 32 registers
+_LAYOUTS = {
+    torch.bfloat16: {BF16_BLOCK: 4, WIDE_BF16_BLOCK: 3},
+    torch.float32: {FP32_BLOCK: 1},
+}
 # terms that oneDNN was seen to add up by themselves, of short and of long sums, and their likes
 _TERMS_AT_ONCE = (512, 1024, 256, 2048)
 
@@ -47,6 +52,9 @@ _sums_of_one_row = sums_by_vectors(BF16_BLOCK, 1, is_bf16=True)
 _sums_of_two_rows = sums_by_vectors(BF16_BLOCK, 2, is_bf16=True)
 _sums_of_three_rows = sums_by_vectors(BF16_BLOCK, 3, is_bf16=True)
 _sums_of_four_rows = sums_by_vectors(BF16_BLOCK, 4, is_bf16=True)
+_wide_sums_of_one_row = sums_by_vectors(WIDE_BF16_BLOCK, 1, is_bf16=True)
+_wide_sums_of_two_rows = sums_by_vectors(WIDE_BF16_BLOCK, 2, is_bf16=True)
+_wide_sums_of_three_rows = sums_by_vectors(WIDE_BF16_BLOCK, 3, is_bf16=True)
 _sums_in_fp32 = sums_by_vectors(FP32_BLOCK, 1, is_bf16=False)
 
 
@@ -68,15 +76,23 @@ def _store_rows(sums, left, right, bias, out_at, out_features):
 
 def _multiply_bf16(data):
     given, _ = arguments(data)
-    x_at, weights_at, bias_at, out_at, num_rows, x_stride, out_features, num_terms, _ = given[:9]
+    x_at, weights_at, bias_at, out_at, num_rows, x_stride, out_features, num_terms = given[:8]
+    block = given[9]
     bias = array(bias_at, 0, out_features if bias_at != 0 else 0, BF16)
-    sums = np.empty((2, num_rows, BF16_BLOCK), np.float32)
-    sums_at, row_bytes, block_bytes = sums.ctypes.data, x_stride * 2, BF16_BLOCK * num_terms * 2
-    first, last, middle = _halves(out_features // BF16_BLOCK)
+    sums = np.empty((2, num_rows, block), np.float32)
+    sums_at, row_bytes, block_bytes = sums.ctypes.data, x_stride * 2, block * num_terms * 2
+    first, last, middle = _halves(out_features // block)
     for left in range(first, middle):
         right = min(left - first + middle, last - 1)  # of an odd number one is done twice
         left_at, right_at = weights_at + left * block_bytes, weights_at + right * block_bytes
-        if num_rows == 1:
+        if block == WIDE_BF16_BLOCK:
+            if num_rows == 1:
+                _wide_sums_of_one_row(left_at, right_at, x_at, row_bytes, num_terms, sums_at)
+            elif num_rows == 2:
+                _wide_sums_of_two_rows(left_at, right_at, x_at, row_bytes, num_terms, sums_at)
+            else:
+                _wide_sums_of_three_rows(left_at, right_at, x_at, row_bytes, num_terms, sums_at)
+        elif num_rows == 1:
             _sums_of_one_row(left_at, right_at, x_at, row_bytes, num_terms, sums_at)
         elif num_rows == 2:
             _sums_of_two_rows(left_at, right_at, x_at, row_bytes, num_terms, sums_at)
@@ -144,6 +160,7 @@ class PackedRows:
         shape: (out_features, in_features).
         max_rows: more rows are oneDNN's.
         terms_at_once: in fp32, so many terms of a sum are added up by themselves.
+        block: outputs whose weights lie side by side.
     """
 
     address: int
@@ -151,6 +168,7 @@ class PackedRows:
     dtype: torch.dtype
     max_rows: int
     terms_at_once: int
+    block: int
 
 
 def multiply(x: Tensor, weight: PackedRows, bias: Tensor | None) -> Tensor:
@@ -159,7 +177,7 @@ def multiply(x: Tensor, weight: PackedRows, bias: Tensor | None) -> Tensor:
     num_rows, (out_features, in_features) = x.shape[0], weight.shape
     if weight.dtype == torch.float32:
         function = _multiply_fp32
-    elif num_rows <= _MAX_VECTOR_ROWS[torch.bfloat16]:
+    elif num_rows <= _LAYOUTS[torch.bfloat16][weight.block]:
         function = _multiply_bf16
     else:
         function = _multiply_tiles
@@ -177,6 +195,7 @@ def multiply(x: Tensor, weight: PackedRows, bias: Tensor | None) -> Tensor:
         out_features,
         in_features,
         weight.terms_at_once,
+        weight.block,
     )
     return out
 
@@ -188,18 +207,20 @@ def packed_rows(matrix: Tensor) -> PackedRows | None:
     """
     dtype, shape = matrix.dtype, (matrix.shape[0], matrix.shape[1])
     num_bytes = shape[0] * shape[1] * dtype.itemsize
-    fits = shape[0] % _BLOCK[dtype] == 0 and shape[1] % 2 == 0
-    if not fits or torch.ops.mkldnn._nbytes(matrix) != num_bytes:
+    if shape[1] % 2 != 0 or torch.ops.mkldnn._nbytes(matrix) != num_bytes:
         return None
-    is_tiled = dtype == torch.bfloat16 and shape[1] % TILE_TERMS == 0 and has_tiles()
-    max_rows = MAX_TILE_ROWS if is_tiled else _MAX_VECTOR_ROWS[dtype]
-    num_rows = max(max_rows, 2)
+    num_rows = MAX_TILE_ROWS if dtype == torch.bfloat16 else 2
     x = torch.randn((num_rows, shape[1]), generator=torch.Generator().manual_seed(0)).to(dtype)
     expected = torch.ops.mkldnn._linear_pointwise(x, matrix, None, "none", [], "")
     tolerance = expected.abs().max() / 128 if dtype == torch.bfloat16 else 0
     address = torch.ops.mkldnn.data_ptr(matrix)
-    for terms_at_once in (shape[1], *(_TERMS_AT_ONCE if dtype == torch.float32 else ())):
-        rows = PackedRows(address, shape, dtype, max_rows, terms_at_once)
+    terms = (shape[1], *(_TERMS_AT_ONCE if dtype == torch.float32 else ()))
+    for (block, max_rows), terms_at_once in itertools.product(_LAYOUTS[dtype].items(), terms):
+        if shape[0] % block != 0:
+            continue
+        is_tiled = block == BF16_BLOCK and shape[1] % TILE_TERMS == 0 and has_tiles()
+        max_rows = MAX_TILE_ROWS if is_tiled else max_rows
+        rows = PackedRows(address, shape, dtype, max_rows, terms_at_once, block)
         found = torch.cat([multiply(part, rows, None) for part in (x[:1], *x[1:].split(max_rows))])
         if bool(((found - expected).abs() <= tolerance).all()):
             return rows

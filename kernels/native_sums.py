@@ -1,9 +1,10 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 """What numba's loops of products are made of: sums of products for blocks of outputs.
 
-    bf16    weights of a block [in_features / 2, 32, 2], by vectors for few rows or by AMX tiles
+    bf16    weights of a block [in_features / 2, 32, 2], by vectors for few rows or by AMX tiles;
+            without AMX [in_features / 2, 64, 2], by vectors
     fp32    weights of a block [in_features, 64], by vectors
-    int8    weights of a block [in_features / 4, 64, 4], by tiles, one block at a time
+    int8    weights of a block [in_features / 4, 64, 4], by tiles or vectors, one block at a time
     int4    weights of a block [in_features, 32] bytes, by vectors, one group of inputs at a time
 
 Written in LLVM's instructions, as numba knows neither vectors nor tiles nor prefetching. Left alone
@@ -28,6 +29,7 @@ from numba.extending import intrinsic
 from kernels.native import has_features, loop
 
 BF16_BLOCK, FP32_BLOCK, INT8_BLOCK, INT4_BLOCK = 32, 64, 64, 64
+WIDE_BF16_BLOCK = 64
 """Outputs in a block."""
 MAX_TILE_ROWS, TILE_TERMS, INT8_TILE_TERMS = 16, 32, 64
 """Rows of a tile, and terms of a sum that a tile takes at a time, in bf16 and in int8."""
@@ -75,6 +77,33 @@ def _as_floats(builder, words, is_bf16):
     return [builder.bitcast(lower, _floats), builder.bitcast(upper, _floats)]
 
 
+@contextlib.contextmanager
+def _each_term(builder, num_terms, step, starts=()):
+    """Do the body with the first term of each ``step`` of ``num_terms``, and with what it summed.
+
+    That is a list of ``starts`` at first; the body puts new sums into it, and the last stay there.
+    """
+    before = builder.block
+    body, after = builder.append_basic_block(), builder.append_basic_block()
+    builder.branch(body)
+    builder.position_at_end(body)
+    term = builder.phi(_i64)
+    term.add_incoming(_i64(0), before)
+    phis = []
+    for start in starts:
+        phi = builder.phi(start.type)
+        phi.add_incoming(start, before)
+        phis.append(phi)
+    sums = list(phis)
+    yield term, sums
+    next_term = builder.add(term, _i64(step))
+    term.add_incoming(next_term, body)
+    for phi, value in zip(phis, sums, strict=True):
+        phi.add_incoming(value, body)
+    builder.cbranch(builder.icmp_unsigned("<", next_term, num_terms), body, after)
+    builder.position_at_end(after)
+
+
 def sums_by_vectors(block: int, num_rows: int, is_bf16: bool):
     """An intrinsic for blocks of ``block`` outputs and ``num_rows`` rows.
 
@@ -87,41 +116,27 @@ def sums_by_vectors(block: int, num_rows: int, is_bf16: bool):
     def sums(_context, first, second, rows, row_bytes, num_terms, out):
         def generate(context, builder, _signature, args):
             first, second, rows, row_bytes, num_terms, out = args
-            before = builder.block
-            step, after = builder.append_basic_block(), builder.append_basic_block()
-            builder.branch(step)
-            builder.position_at_end(step)
-            word = builder.phi(_i64)  # 32 bits of each row
-            word.add_incoming(_i64(0), before)
-            sums = [builder.phi(_floats) for _ in range(2 * num_rows * num_vectors)]
-            for phi in sums:
-                phi.add_incoming(ir.Constant(_floats, [0.0] * _LANES), before)
-            factors = []
-            for row in range(num_rows):
-                address = builder.add(rows, builder.mul(row_bytes, _i64(row)))
-                address = builder.add(address, builder.mul(word, _i64(4)))
-                splat = _splat(builder, _load(builder, address, _i32))
-                factors.append(_as_floats(builder, splat, is_bf16))
-            new = list(sums)
-            for which, weights in enumerate((first, second)):
-                address = builder.add(weights, builder.mul(word, _i64(4 * block)))
-                _prefetch(builder, address, 4 * block)
-                for vector in range(num_vectors):
-                    at_vector = builder.add(address, _i64(4 * _LANES * vector))
-                    values = _as_floats(builder, _load(builder, at_vector, _words), is_bf16)
-                    for row in range(num_rows):
-                        i = (which * num_rows + row) * num_vectors + vector
-                        for pair in zip(values, factors[row], strict=True):
-                            new[i] = _call(builder, "fma.v16f32", _floats, [*pair, new[i]])
-            next_word = builder.add(word, _i64(1))
-            word.add_incoming(next_word, step)
-            for phi, value in zip(sums, new, strict=True):
-                phi.add_incoming(value, step)
-            num_words = builder.udiv(num_terms, _i64(2 if is_bf16 else 1))
-            builder.cbranch(builder.icmp_unsigned("<", next_word, num_words), step, after)
-            builder.position_at_end(after)
-            for i, value in enumerate(new):
-                address = builder.add(out, _i64(4 * _LANES * i))
+            starts = [ir.Constant(_floats, [0.0] * _LANES)] * (2 * num_rows * num_vectors)
+            terms_of_word = 2 if is_bf16 else 1
+            with _each_term(builder, num_terms, terms_of_word, starts) as (term, sums):
+                at_term = builder.mul(term, _i64(4 // terms_of_word))
+                factors = []
+                for row in range(num_rows):
+                    address = builder.add(rows, builder.mul(row_bytes, _i64(row)))
+                    word = _load(builder, builder.add(address, at_term), _i32)
+                    factors.append(_as_floats(builder, _splat(builder, word), is_bf16))
+                for which, weights in enumerate((first, second)):
+                    address = builder.add(weights, builder.mul(at_term, _i64(block)))
+                    _prefetch(builder, address, 4 * block)
+                    for vector in range(num_vectors):
+                        at_vector = builder.add(address, _i64(_LINE * vector))
+                        values = _as_floats(builder, _load(builder, at_vector, _words), is_bf16)
+                        for row in range(num_rows):
+                            i = (which * num_rows + row) * num_vectors + vector
+                            for pair in zip(values, factors[row], strict=True):
+                                sums[i] = _call(builder, "fma.v16f32", _floats, [*pair, sums[i]])
+            for i, value in enumerate(sums):
+                address = builder.add(out, _i64(_LINE * i))
                 builder.store(value, builder.inttoptr(address, _floats.as_pointer()), align=4)
             return context.get_dummy_value()
 
@@ -179,22 +194,9 @@ def _move_tile(builder, name, number, address, stride):
     _call(builder, f"x86.{name}", _void, [_i8(number), pointer, stride])
 
 
-@contextlib.contextmanager
-def _each_tile(builder, num_terms, step):
-    """Zero the sums, then do the body with the first term of each ``step`` of ``num_terms``."""
+def _zero_sums(builder):
     for number in _SUMS:
         _call(builder, "x86.tilezero", _void, [_i8(number)])
-    before = builder.block
-    body, after = builder.append_basic_block(), builder.append_basic_block()
-    builder.branch(body)
-    builder.position_at_end(body)
-    term = builder.phi(_i64)
-    term.add_incoming(_i64(0), before)
-    yield term
-    next_term = builder.add(term, _i64(step))
-    term.add_incoming(next_term, body)
-    builder.cbranch(builder.icmp_unsigned("<", next_term, num_terms), body, after)
-    builder.position_at_end(after)
 
 
 @intrinsic
@@ -208,7 +210,8 @@ def sums_by_tiles(_context, first, second, rows, row_bytes, num_terms, out, out_
         first, second, rows, row_bytes, num_terms, out, out_bytes = args
         line_bytes = _i64(4 * BF16_BLOCK)
         tile = functools.partial(_move_tile, builder)
-        with _each_tile(builder, num_terms, TILE_TERMS) as term:
+        _zero_sums(builder)
+        with _each_term(builder, num_terms, TILE_TERMS) as (term, _):
             tile("tileloadd64", _ROWS, builder.add(rows, builder.mul(term, _i64(2))), row_bytes)
             for which, weights in enumerate((first, second)):
                 address = builder.add(weights, builder.mul(term, _i64(2 * BF16_BLOCK)))
@@ -239,7 +242,8 @@ def sums_of_int8(_context, weights, rows, num_terms, out):
         weights, rows, num_terms, out = args
         line_bytes = _i64(4 * INT8_BLOCK)
         tile = functools.partial(_move_tile, builder)
-        with _each_tile(builder, num_terms, INT8_TILE_TERMS) as term:
+        _zero_sums(builder)
+        with _each_term(builder, num_terms, INT8_TILE_TERMS) as (term, _):
             tile("tileloadd64", _ROWS, builder.add(rows, term), num_terms)
             address = builder.add(weights, builder.mul(term, _i64(INT8_BLOCK)))
             _prefetch(builder, address, INT8_BLOCK * INT8_TILE_TERMS)
@@ -252,6 +256,45 @@ def sums_of_int8(_context, weights, rows, num_terms, out):
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 4), generate
+
+
+def sums_of_int8_by_vectors(num_rows: int):
+    """An intrinsic as `sums_of_int8` for ``num_rows`` rows, of bytes that are 128 too large.
+
+    ``negative`` is the address of minus the sum of each output's weights, [64] int32.
+    """
+    num_vectors = INT8_BLOCK // _LANES
+
+    @intrinsic
+    def sums(_context, weights, negative, rows, num_terms, out):
+        def generate(context, builder, _signature, args):
+            weights, negative, rows, num_terms, out = args
+            starts = []
+            for vector in range(num_vectors):
+                words = _load(builder, builder.add(negative, _i64(_LINE * vector)), _words)
+                starts.append(builder.shl(words, ir.Constant(_words, [7] * _LANES)))  # 128 times
+            with _each_term(builder, num_terms, 4, starts * num_rows) as (term, sums):
+                address = builder.add(weights, builder.mul(term, _i64(INT8_BLOCK)))
+                _prefetch(builder, address, 4 * INT8_BLOCK)
+                values = [
+                    _load(builder, builder.add(address, _i64(_LINE * vector)), _words)
+                    for vector in range(num_vectors)
+                ]
+                for row in range(num_rows):
+                    at_term = builder.add(builder.mul(num_terms, _i64(row)), term)
+                    factors = _splat(builder, _load(builder, builder.add(rows, at_term), _i32))
+                    for vector, value in enumerate(values):
+                        i = row * num_vectors + vector
+                        operands = [sums[i], factors, value]
+                        sums[i] = _call(builder, "x86.avx512.vpdpbusd.512", _words, operands)
+            for i, value in enumerate(sums):
+                at = builder.inttoptr(builder.add(out, _i64(_LINE * i)), _words.as_pointer())
+                builder.store(value, at, align=4)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 5), generate
+
+    return sums
 
 
 def sums_of_int4(num_rows: int, group: int):

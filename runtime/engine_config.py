@@ -149,8 +149,8 @@ class EngineConfig:
             )
         if not multiplies_int8():
             raise ConfigError(
-                f"--quantization {self.quantization} needs a CPU with AVX-512 or VNNI, whose int8 "
-                "products are exact; use none"
+                f"--quantization {self.quantization} needs a CPU with VNNI, whose int8 products "
+                "are exact; use none"
             )
         return QUANTIZED[self.quantization]
 

@@ -113,11 +113,16 @@ def test_zeros_and_no_rows() -> None:
 
 
 @pytest.mark.skipif(interpreting(), reason="says no in this pass")
-@pytest.mark.parametrize(("instructions", "is_exact"), [("AVX2", False), ("AVX512_CORE", True)])
+@pytest.mark.parametrize(
+    ("instructions", "is_exact"),
+    [("AVX2", False), ("AVX512_CORE", False), ("AVX512_CORE_VNNI", True)],
+)
 def test_a_cpu_whose_int8_products_saturate_is_found_out(instructions: str, is_exact: bool) -> None:
     """A process of its own, since oneDNN settles on its kernels once."""
     if instructions.startswith("AVX512") and not torch.cpu._is_avx512_supported():
         pytest.skip("this CPU has no AVX-512")
+    if instructions.endswith("VNNI") and not torch.cpu._is_vnni_supported():
+        pytest.skip("this CPU has no VNNI")
     code = "from kernels.int8_linear import multiplies_int8; print(multiplies_int8())"
     environment = os.environ | {"ONEDNN_MAX_CPU_ISA": instructions}
     done = subprocess.run(
@@ -130,3 +135,27 @@ def test_a_cpu_whose_int8_products_saturate_is_found_out(instructions: str, is_e
         timeout=120,
     )
     assert done.stdout.strip() == str(is_exact)
+
+
+@needs_int8
+@pytest.mark.parametrize("instructions", ["AVX512_CORE_VNNI", "DEFAULT"])
+def test_no_product_is_left_to_the_reference_kernel(instructions: str) -> None:
+    """It is correct and takes a thousand times as long; oneDNN says what it runs."""
+    code = (
+        "import torch\n"
+        "from kernels.int8_linear import int8_linear, pack_int8\n"
+        "weight = pack_int8(torch.randn(192, 256))\n"
+        "int8_linear(torch.randn(40, 256), weight)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).resolve().parents[2],
+        env=os.environ | {"ONEDNN_MAX_CPU_ISA": instructions, "ONEDNN_VERBOSE": "1"},
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    products = [line for line in done.stdout.splitlines() if "exec,cpu,matmul," in line]
+    assert products
+    assert not [line for line in products if "matmul,ref" in line]

@@ -206,3 +206,21 @@ def test_without_a_folder_to_keep_code_in(monkeypatch: pytest.MonkeyPatch) -> No
     native.launch(address, 64, 1e-6, pointers[0], 0, *pointers[1:], pointers[2], 1, 64, 64)
     oracle = weight.double() * x.double() / (x.double().square().mean() + 1e-6).sqrt()
     assert float((out - oracle).abs().max()) < TOLERANCE[torch.float32]
+
+
+def test_loops_of_other_cpus_compile(tmp_path: Path) -> None:
+    """Those by tiles, where the machine that tests has none: LLVM knows each instruction."""
+    code = (
+        "from kernels import native, native_int8, native_linear\n"
+        "for function in (native_linear._multiply_tiles, native_int8._multiply_bf16_by_tiles,\n"
+        "                 native_int8._multiply_bf16_by_vectors):\n"
+        "    assert native.entry(function)\n"
+    )
+    features = "+avx512f,+avx512bw,+avx512vl,+avx512dq,+avx512vnni,+amx-tile,+amx-bf16,+amx-int8"
+    environment = os.environ | {
+        "NUMBA_CPU_NAME": "sapphirerapids",
+        "NUMBA_CPU_FEATURES": features,
+        "NUMBA_CACHE_DIR": str(tmp_path),
+    }
+    root = Path(__file__).resolve().parents[2]
+    subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, check=True, timeout=300)
