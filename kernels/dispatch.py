@@ -58,8 +58,8 @@ def native(name: str) -> Any:
 def prepare_loops(dtype: torch.dtype) -> None:
     """Compile the loops of a step in ``dtype``, so that no request waits for it: 5 s, once."""
     if dtype in _NATIVE_DTYPES and compiles_loops():
-        native("rows").prepare(dtype)
-        native("attention").prepare(dtype)
+        for name in ("rows", "attention", "tape"):
+            native(name).prepare(dtype)
 
 
 @functools.cache

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kernels.configs import launch_config
-from kernels.dispatch import capability_of, use_triton
+from kernels.dispatch import capability_of, native, use_native, use_triton
 
 
 @triton.jit
@@ -45,13 +45,17 @@ def embedding(token_ids: Tensor, weight: Tensor) -> Tensor:
     """Look up the rows of ``token_ids``.
 
     Args:
-        token_ids: [num_tokens] int64, each in [0, vocab_size); not checked on the GPU.
+        token_ids: [num_tokens] int64, each in [0, vocab_size); not checked on the GPU. On a CPU
+            others give NaN, or without a compiled loop raise `IndexError`.
         weight: [vocab_size, hidden_size], contiguous, any float dtype.
 
     Returns:
         [num_tokens, hidden_size], dtype of ``weight``, contiguous.
     """
     num_tokens, hidden_size = token_ids.shape[0], weight.shape[1]
+    if num_tokens > 0 and use_native(weight):
+        rows: Tensor = native("rows").embedding(token_ids, weight)
+        return rows
     if num_tokens == 0 or not use_triton(weight):
         return functional.embedding(token_ids, weight)
     config = embedding_config(hidden_size, capability_of(weight.device))

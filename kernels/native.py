@@ -38,7 +38,7 @@ MAX_ARGS = 20
 FASTMATH = {"reassoc", "contract", "nsz"}
 # a second thread takes a few us to begin and to end
 _VALUES_PER_THREAD = 1 << 14
-_SYMBOLS = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+_SYMBOLS = ("GOMP_parallel", "GOMP_barrier", "omp_get_thread_num", "omp_get_num_threads")
 
 
 def _find_symbols() -> None:
@@ -123,9 +123,14 @@ def launch(entry: int, num_values: int, scalar: float, *args: int) -> None:
     ``args`` are up to `MAX_ARGS` integers; ``scalar`` comes after the last of them.
     """
     num_threads = 1 if num_values < _VALUES_PER_THREAD else torch.get_num_threads()
-    _launch(entry, num_threads, scalar, args + _PADDING[len(args)])
+    padded = args + _PADDING[len(args)]
+    _launch(entry, num_threads, scalar, padded)
+    for note in recorders:
+        note(entry, scalar, padded)
 
 
+recorders: list[Callable[[int, float, tuple[int, ...]], None]] = []
+"""They are told of every launch: its entry, scalar and arguments."""
 _PADDING = [(0,) * (MAX_ARGS - num_args) for num_args in range(MAX_ARGS + 1)]
 
 
@@ -153,7 +158,9 @@ UINT8, INT32, INT64 = np.uint8(0), np.int32(0), np.int64(0)
 
 
 @intrinsic
-def _call(_context, entry, data):
+def call(_context, entry, data):
+    """Run an entry on the calling thread."""
+
     def generate(context, builder, _signature, args):
         pointer = context.get_value_type(types.voidptr)
         function = ir.FunctionType(ir.VoidType(), [pointer]).as_pointer()
@@ -172,7 +179,7 @@ def _run(entry, num_threads, scalar, args):
     if num_threads > 1:
         _gomp_parallel(_pointer(entry), _pointer(data), np.uint32(num_threads), np.uint32(0))
     else:
-        _call(entry, data)
+        call(entry, data)
 
 
 _RUN = types.void(types.int64, types.int64, types.float64, types.UniTuple(types.int64, MAX_ARGS))

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
-"""The compiled bodies for a CPU of norms, gates, and rotary embedding with the write of pages.
+"""The compiled bodies for a CPU of embedding, norms, gates, and rope with the write of pages.
 
 What they compute, and how it is rounded, is said in ``kernels.norm``, ``kernels.activation`` and
 ``kernels.cache``. A token is one thread's, so its bits follow from nothing else.
@@ -239,6 +239,48 @@ def rope_and_write_kv(
     return q_out
 
 
+@loop
+def _embedding(data, dtype):
+    given, _ = arguments(data)
+    token_ids_at, weight_at, out_at, num_tokens, size, vocab_size = given[:6]
+    token_ids = array(token_ids_at, 0, num_tokens, INT64)
+    first, last = share(num_tokens)
+    for token in range(first, last):
+        out = array(out_at, token * size, size, dtype)
+        is_known = 0 <= token_ids[token] < vocab_size
+        row = array(weight_at, token_ids[token] * size if is_known else 0, size, dtype)
+        for i in range(size):
+            store(out, i, widen(row[i]) if is_known else np.float32(np.nan))
+
+
+def _embedding_bf16(data):
+    _embedding(data, BF16)
+
+
+def _embedding_fp32(data):
+    _embedding(data, FP32)
+
+
+_EMBEDDING = {torch.bfloat16: _embedding_bf16, torch.float32: _embedding_fp32}
+
+
+def embedding(token_ids: Tensor, weight: Tensor) -> Tensor:
+    num_tokens, size = token_ids.shape[0], weight.shape[1]
+    out = torch.empty((num_tokens, size), dtype=weight.dtype)
+    launch(
+        entry(_EMBEDDING[weight.dtype]),
+        out.numel(),
+        0.0,
+        token_ids.data_ptr(),
+        weight.data_ptr(),
+        out.data_ptr(),
+        num_tokens,
+        size,
+        weight.shape[0],
+    )
+    return out
+
+
 def prepare(dtype: torch.dtype) -> None:
-    for functions in (_RMS_NORM, _SILU_AND_MUL, _ROPE_AND_WRITE_KV):
+    for functions in (_EMBEDDING, _RMS_NORM, _SILU_AND_MUL, _ROPE_AND_WRITE_KV):
         entry(functions[dtype])
