@@ -22,6 +22,7 @@ from kernels.native import (
     array,
     check_rows,
     entry,
+    has_features,
     launch,
     loop,
     share,
@@ -36,13 +37,14 @@ from kernels.native_sums import (
     configure_tiles,
     has_tiles,
     release_tiles,
+    sums_by_dots,
     sums_by_tiles,
     sums_by_vectors,
 )
 
 # the blocks that oneDNN is known to pack, and rows by vectors: sums must fit into 32 registers
 _LAYOUTS = {
-    torch.bfloat16: {BF16_BLOCK: 4, WIDE_BF16_BLOCK: 3},
+    torch.bfloat16: {BF16_BLOCK: 4, WIDE_BF16_BLOCK: 2},
     torch.float32: {FP32_BLOCK: 1},
 }
 # terms that oneDNN was seen to add up by themselves, of short and of long sums, and their likes
@@ -54,7 +56,14 @@ _sums_of_three_rows = sums_by_vectors(BF16_BLOCK, 3, is_bf16=True)
 _sums_of_four_rows = sums_by_vectors(BF16_BLOCK, 4, is_bf16=True)
 _wide_sums_of_one_row = sums_by_vectors(WIDE_BF16_BLOCK, 1, is_bf16=True)
 _wide_sums_of_two_rows = sums_by_vectors(WIDE_BF16_BLOCK, 2, is_bf16=True)
-_wide_sums_of_three_rows = sums_by_vectors(WIDE_BF16_BLOCK, 3, is_bf16=True)
+_MAX_DOT_ROWS = 16
+_DOT_ROWS_AT_ONCE = 6
+_dots_of_one_row = sums_by_dots(1)
+_dots_of_two_rows = sums_by_dots(2)
+_dots_of_three_rows = sums_by_dots(3)
+_dots_of_four_rows = sums_by_dots(4)
+_dots_of_five_rows = sums_by_dots(5)
+_dots_of_six_rows = sums_by_dots(_DOT_ROWS_AT_ONCE)
 _sums_in_fp32 = sums_by_vectors(FP32_BLOCK, 1, is_bf16=False)
 
 
@@ -88,10 +97,8 @@ def _multiply_bf16(data):
         if block == WIDE_BF16_BLOCK:
             if num_rows == 1:
                 _wide_sums_of_one_row(left_at, right_at, x_at, row_bytes, num_terms, sums_at)
-            elif num_rows == 2:
-                _wide_sums_of_two_rows(left_at, right_at, x_at, row_bytes, num_terms, sums_at)
             else:
-                _wide_sums_of_three_rows(left_at, right_at, x_at, row_bytes, num_terms, sums_at)
+                _wide_sums_of_two_rows(left_at, right_at, x_at, row_bytes, num_terms, sums_at)
         elif num_rows == 1:
             _sums_of_one_row(left_at, right_at, x_at, row_bytes, num_terms, sums_at)
         elif num_rows == 2:
@@ -101,6 +108,38 @@ def _multiply_bf16(data):
         else:
             _sums_of_four_rows(left_at, right_at, x_at, row_bytes, num_terms, sums_at)
         _store_rows(sums, left, right, bias, out_at, out_features)
+
+
+@loop
+def _sum_by_dots(weights_at, x_at, row_bytes, num_terms, sums):
+    for row in range(0, sums.shape[0], _DOT_ROWS_AT_ONCE):
+        rows_at, sums_at, num_left = x_at + row * row_bytes, sums[row].ctypes.data, len(sums) - row
+        if num_left == 1:
+            _dots_of_one_row(weights_at, rows_at, row_bytes, num_terms, sums_at)
+        elif num_left == 2:
+            _dots_of_two_rows(weights_at, rows_at, row_bytes, num_terms, sums_at)
+        elif num_left == 3:
+            _dots_of_three_rows(weights_at, rows_at, row_bytes, num_terms, sums_at)
+        elif num_left == 4:
+            _dots_of_four_rows(weights_at, rows_at, row_bytes, num_terms, sums_at)
+        elif num_left == 5:
+            _dots_of_five_rows(weights_at, rows_at, row_bytes, num_terms, sums_at)
+        else:
+            _dots_of_six_rows(weights_at, rows_at, row_bytes, num_terms, sums_at)
+
+
+def _multiply_dots(data):
+    given, _ = arguments(data)
+    x_at, weights_at, bias_at, out_at, num_rows, x_stride, out_features, num_terms = given[:8]
+    bias = array(bias_at, 0, out_features if bias_at != 0 else 0, BF16)
+    sums = np.empty((num_rows, WIDE_BF16_BLOCK), np.float32)
+    block_bytes = WIDE_BF16_BLOCK * num_terms * 2
+    first, last = share(out_features // WIDE_BF16_BLOCK)
+    for block in range(first, last):
+        _sum_by_dots(weights_at + block * block_bytes, x_at, x_stride * 2, num_terms, sums)
+        for row in range(num_rows):
+            out = array(out_at, row * out_features, out_features, BF16)
+            store_block(sums[row], block, bias, out)
 
 
 def _multiply_tiles(data):
@@ -180,7 +219,7 @@ def multiply(x: Tensor, weight: PackedRows, bias: Tensor | None) -> Tensor:
     elif num_rows <= _LAYOUTS[torch.bfloat16][weight.block]:
         function = _multiply_bf16
     else:
-        function = _multiply_tiles
+        function = _multiply_tiles if weight.block == BF16_BLOCK else _multiply_dots
     out = torch.empty((num_rows, out_features), dtype=x.dtype)
     launch(
         entry(function),
@@ -218,8 +257,10 @@ def packed_rows(matrix: Tensor) -> PackedRows | None:
     for (block, max_rows), terms_at_once in itertools.product(_LAYOUTS[dtype].items(), terms):
         if shape[0] % block != 0:
             continue
-        is_tiled = block == BF16_BLOCK and shape[1] % TILE_TERMS == 0 and has_tiles()
-        max_rows = MAX_TILE_ROWS if is_tiled else max_rows
+        if block == BF16_BLOCK and shape[1] % TILE_TERMS == 0 and has_tiles():
+            max_rows = MAX_TILE_ROWS
+        elif block == WIDE_BF16_BLOCK and dtype == torch.bfloat16 and has_features("avx512bf16"):
+            max_rows = _MAX_DOT_ROWS
         rows = PackedRows(address, shape, dtype, max_rows, terms_at_once, block)
         found = torch.cat([multiply(part, rows, None) for part in (x[:1], *x[1:].split(max_rows))])
         if bool(((found - expected).abs() <= tolerance).all()):

@@ -247,10 +247,13 @@ def _embedding(data, dtype):
     first, last = share(num_tokens)
     for token in range(first, last):
         out = array(out_at, token * size, size, dtype)
-        is_known = 0 <= token_ids[token] < vocab_size
-        row = array(weight_at, token_ids[token] * size if is_known else 0, size, dtype)
-        for i in range(size):
-            store(out, i, widen(row[i]) if is_known else np.float32(np.nan))
+        if 0 <= token_ids[token] < vocab_size:
+            row = array(weight_at, token_ids[token] * size, size, dtype)
+            for i in range(size):
+                out[i] = row[i]
+        else:
+            for i in range(size):
+                store(out, i, np.float32(np.nan))
 
 
 def _embedding_bf16(data):

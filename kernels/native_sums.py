@@ -2,7 +2,7 @@
 """What numba's loops of products are made of: sums of products for blocks of outputs.
 
     bf16    weights of a block [in_features / 2, 32, 2], by vectors for few rows or by AMX tiles;
-            without AMX [in_features / 2, 64, 2], by vectors
+            without AMX [in_features / 2, 64, 2], by vectors or dot products
     fp32    weights of a block [in_features, 64], by vectors
     int8    weights of a block [in_features / 4, 64, 4], by tiles or vectors, one block at a time
     int4    weights of a block [in_features, 32] bytes, by vectors, one group of inputs at a time
@@ -77,6 +77,12 @@ def _as_floats(builder, words, is_bf16):
     return [builder.bitcast(lower, _floats), builder.bitcast(upper, _floats)]
 
 
+def _store_all(builder, vectors, out):
+    for i, vector in enumerate(vectors):
+        address = builder.add(out, _i64(_LINE * i))
+        builder.store(vector, builder.inttoptr(address, vector.type.as_pointer()), align=4)
+
+
 @contextlib.contextmanager
 def _each_term(builder, num_terms, step, starts=()):
     """Do the body with the first term of each ``step`` of ``num_terms``, and with what it summed.
@@ -135,12 +141,65 @@ def sums_by_vectors(block: int, num_rows: int, is_bf16: bool):
                             i = (which * num_rows + row) * num_vectors + vector
                             for pair in zip(values, factors[row], strict=True):
                                 sums[i] = _call(builder, "fma.v16f32", _floats, [*pair, sums[i]])
-            for i, value in enumerate(sums):
-                address = builder.add(out, _i64(_LINE * i))
-                builder.store(value, builder.inttoptr(address, _floats.as_pointer()), align=4)
+            _store_all(builder, sums, out)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 6), generate
+
+    return sums
+
+
+class _Bfloat(ir.types.Type):
+    """LLVM's type, which llvmlite does not know."""
+
+    intrinsic_name = "bf16"
+
+    def _to_string(self):
+        return "bfloat"
+
+    def __eq__(self, other):
+        return isinstance(other, _Bfloat)
+
+    def __hash__(self):
+        return hash(_Bfloat)
+
+
+_bfloats = ir.VectorType(_Bfloat(), 2 * _LANES)
+
+
+def sums_by_dots(num_rows: int):
+    """An intrinsic as `sums_by_vectors` for one block of 64 outputs, needs AVX512_BF16.
+
+    An instruction takes both terms of a word. The sums are [num_rows, 64] fp32.
+    """
+    num_vectors = WIDE_BF16_BLOCK // _LANES
+
+    @intrinsic
+    def sums(_context, weights, rows, row_bytes, num_terms, out):
+        def generate(context, builder, _signature, args):
+            weights, rows, row_bytes, num_terms, out = args
+            starts = [ir.Constant(_floats, [0.0] * _LANES)] * (num_rows * num_vectors)
+            with _each_term(builder, num_terms, 2, starts) as (term, sums):
+                at_term = builder.mul(term, _i64(2))
+                address = builder.add(weights, builder.mul(at_term, _i64(WIDE_BF16_BLOCK)))
+                _prefetch(builder, address, 4 * WIDE_BF16_BLOCK)
+                values = []
+                for vector in range(num_vectors):
+                    words = _load(builder, builder.add(address, _i64(_LINE * vector)), _words)
+                    values.append(builder.bitcast(words, _bfloats))
+                for row in range(num_rows):
+                    at_row = builder.add(rows, builder.mul(row_bytes, _i64(row)))
+                    word = _load(builder, builder.add(at_row, at_term), _i32)
+                    factors = builder.bitcast(_splat(builder, word), _bfloats)
+                    for vector, value in enumerate(values):
+                        i = row * num_vectors + vector
+                        operands = [sums[i], value, factors]
+                        name = "x86.avx512bf16.dpbf16ps.512"
+                        sums[i] = _call(builder, name, _floats, operands)
+            _store_all(builder, sums, out)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 5), generate
 
     return sums
 
@@ -287,9 +346,7 @@ def sums_of_int8_by_vectors(num_rows: int):
                         i = row * num_vectors + vector
                         operands = [sums[i], factors, value]
                         sums[i] = _call(builder, "x86.avx512.vpdpbusd.512", _words, operands)
-            for i, value in enumerate(sums):
-                at = builder.inttoptr(builder.add(out, _i64(_LINE * i)), _words.as_pointer())
-                builder.store(value, at, align=4)
+            _store_all(builder, sums, out)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 5), generate

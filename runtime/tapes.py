@@ -32,26 +32,29 @@ class _Recorded:
 
 
 class DecodeTapes:
-    """A model's forward pass, replayed for steps that were recorded."""
+    """The forward pass of one model with its caches, replayed for steps that were recorded."""
 
-    def __init__(self, model: CausalLM) -> None:
-        self._model = model
+    def __init__(self) -> None:
         self._recorded: dict[int, _Recorded | None] = {}  # by sequences; None: cannot be
         self._arena = native("tape").Arena() if compiles_loops() else None
 
     def forward(
-        self, token_ids: Tensor, batch: PagedBatch, caches: list[dict[str, Tensor]]
+        self,
+        model: CausalLM,
+        token_ids: Tensor,
+        batch: PagedBatch,
+        caches: list[dict[str, Tensor]],
     ) -> Tensor:
-        """``model.forward``; what a replay returns lasts until the next. Pass the same caches."""
+        """``model.forward``; what a replay returns lasts until the next."""
         num_seqs = batch.num_seqs
         is_usual = batch.num_decodes == num_seqs and batch.max_context_len <= MAX_NATIVE_KEYS
         if self._arena is None or not is_usual or num_seqs > MAX_SEQS:
-            return self._model.forward(token_ids, batch, caches)
+            return model.forward(token_ids, batch, caches)
         if num_seqs not in self._recorded:
-            return self._record(token_ids, batch, caches)
+            return self._record(model, token_ids, batch, caches)
         recorded = self._recorded[num_seqs]
         if recorded is None:
-            return self._model.forward(token_ids, batch, caches)
+            return model.forward(token_ids, batch, caches)
         recorded.token_ids.copy_(token_ids)
         kept = recorded.batch
         kept.positions.copy_(batch.positions)
@@ -62,7 +65,11 @@ class DecodeTapes:
         return recorded.tape.result
 
     def _record(
-        self, token_ids: Tensor, batch: PagedBatch, caches: list[dict[str, Tensor]]
+        self,
+        model: CausalLM,
+        token_ids: Tensor,
+        batch: PagedBatch,
+        caches: list[dict[str, Tensor]],
     ) -> Tensor:
         page_size = next(iter(caches[0].values())).shape[1]
         num_pages = -(-MAX_NATIVE_KEYS // page_size)
@@ -79,7 +86,7 @@ class DecodeTapes:
         )
         hidden: Tensor
         hidden, tape = native("tape").record(
-            lambda: self._model.forward(token_ids, kept, caches), self._arena
+            lambda: model.forward(token_ids, kept, caches), self._arena
         )
         self._recorded[batch.num_seqs] = None if tape is None else _Recorded(token_ids, kept, tape)
         return hidden

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kernels.dispatch import compiles_loops
 from kernels.embedding import embedding
 from tests.kernels.passes import DEVICES, DTYPES
 
@@ -50,3 +51,13 @@ def test_rows_past_two_to_the_31_values() -> None:
     weight[-1] = torch.arange(16_384, device="cuda") % 100
     ids = torch.tensor([139_999, 0], device="cuda")
     assert torch.equal(embedding(ids, weight), weight[ids])
+
+
+@pytest.mark.skipif(not compiles_loops(), reason="torch raises IndexError")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_id_that_is_no_row_gives_nan(dtype: torch.dtype) -> None:
+    """Where a compiled loop copies rows: it reads nothing that is not there."""
+    weight = torch.ones(5, 40, dtype=dtype)
+    rows = embedding(torch.tensor([4, -1, 5, 1 << 60, 0]), weight)
+    assert rows.isnan().all(dim=1).tolist() == [False, True, True, True, False]
+    assert torch.equal(rows[[0, 4]], weight[:2])

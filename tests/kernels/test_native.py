@@ -212,11 +212,15 @@ def test_loops_of_other_cpus_compile(tmp_path: Path) -> None:
     """Those by tiles, where the machine that tests has none: LLVM knows each instruction."""
     code = (
         "from kernels import native, native_int8, native_linear\n"
-        "for function in (native_linear._multiply_tiles, native_int8._multiply_bf16_by_tiles,\n"
+        "for function in (native_linear._multiply_tiles, native_linear._multiply_dots,\n"
+        "                 native_int8._multiply_bf16_by_tiles,\n"
         "                 native_int8._multiply_bf16_by_vectors):\n"
         "    assert native.entry(function)\n"
     )
-    features = "+avx512f,+avx512bw,+avx512vl,+avx512dq,+avx512vnni,+amx-tile,+amx-bf16,+amx-int8"
+    features = (
+        "+avx512f,+avx512bw,+avx512vl,+avx512dq,+avx512vnni,+avx512bf16,"
+        "+amx-tile,+amx-bf16,+amx-int8"
+    )
     environment = os.environ | {
         "NUMBA_CPU_NAME": "sapphirerapids",
         "NUMBA_CPU_FEATURES": features,
