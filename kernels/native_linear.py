@@ -42,11 +42,9 @@ from kernels.native_sums import (
     sums_by_vectors,
 )
 
-# the blocks that oneDNN is known to pack, and rows by vectors: sums must fit into 32 registers
-_LAYOUTS = {
-    torch.bfloat16: {BF16_BLOCK: 4, WIDE_BF16_BLOCK: 2},
-    torch.float32: {FP32_BLOCK: 1},
-}
+# outputs whose weights oneDNN is known to pack together
+_BLOCKS = {torch.bfloat16: (BF16_BLOCK, WIDE_BF16_BLOCK), torch.float32: (FP32_BLOCK,)}
+_MAX_VECTOR_ROWS = 4
 # terms that oneDNN was seen to add up by themselves, of short and of long sums, and their likes
 _TERMS_AT_ONCE = (512, 1024, 256, 2048)
 
@@ -54,8 +52,6 @@ _sums_of_one_row = sums_by_vectors(BF16_BLOCK, 1, is_bf16=True)
 _sums_of_two_rows = sums_by_vectors(BF16_BLOCK, 2, is_bf16=True)
 _sums_of_three_rows = sums_by_vectors(BF16_BLOCK, 3, is_bf16=True)
 _sums_of_four_rows = sums_by_vectors(BF16_BLOCK, 4, is_bf16=True)
-_wide_sums_of_one_row = sums_by_vectors(WIDE_BF16_BLOCK, 1, is_bf16=True)
-_wide_sums_of_two_rows = sums_by_vectors(WIDE_BF16_BLOCK, 2, is_bf16=True)
 _MAX_DOT_ROWS = 16
 _DOT_ROWS_AT_ONCE = 6
 _dots_of_one_row = sums_by_dots(1)
@@ -86,20 +82,14 @@ def _store_rows(sums, left, right, bias, out_at, out_features):
 def _multiply_bf16(data):
     given, _ = arguments(data)
     x_at, weights_at, bias_at, out_at, num_rows, x_stride, out_features, num_terms = given[:8]
-    block = given[9]
     bias = array(bias_at, 0, out_features if bias_at != 0 else 0, BF16)
-    sums = np.empty((2, num_rows, block), np.float32)
-    sums_at, row_bytes, block_bytes = sums.ctypes.data, x_stride * 2, block * num_terms * 2
-    first, last, middle = _halves(out_features // block)
+    sums = np.empty((2, num_rows, BF16_BLOCK), np.float32)
+    sums_at, row_bytes, block_bytes = sums.ctypes.data, x_stride * 2, BF16_BLOCK * num_terms * 2
+    first, last, middle = _halves(out_features // BF16_BLOCK)
     for left in range(first, middle):
         right = min(left - first + middle, last - 1)  # of an odd number one is done twice
         left_at, right_at = weights_at + left * block_bytes, weights_at + right * block_bytes
-        if block == WIDE_BF16_BLOCK:
-            if num_rows == 1:
-                _wide_sums_of_one_row(left_at, right_at, x_at, row_bytes, num_terms, sums_at)
-            else:
-                _wide_sums_of_two_rows(left_at, right_at, x_at, row_bytes, num_terms, sums_at)
-        elif num_rows == 1:
+        if num_rows == 1:
             _sums_of_one_row(left_at, right_at, x_at, row_bytes, num_terms, sums_at)
         elif num_rows == 2:
             _sums_of_two_rows(left_at, right_at, x_at, row_bytes, num_terms, sums_at)
@@ -216,10 +206,10 @@ def multiply(x: Tensor, weight: PackedRows, bias: Tensor | None) -> Tensor:
     num_rows, (out_features, in_features) = x.shape[0], weight.shape
     if weight.dtype == torch.float32:
         function = _multiply_fp32
-    elif num_rows <= _LAYOUTS[torch.bfloat16][weight.block]:
-        function = _multiply_bf16
+    elif weight.block == WIDE_BF16_BLOCK:
+        function = _multiply_dots
     else:
-        function = _multiply_tiles if weight.block == BF16_BLOCK else _multiply_dots
+        function = _multiply_bf16 if num_rows <= _MAX_VECTOR_ROWS else _multiply_tiles
     out = torch.empty((num_rows, out_features), dtype=x.dtype)
     launch(
         entry(function),
@@ -234,9 +224,17 @@ def multiply(x: Tensor, weight: PackedRows, bias: Tensor | None) -> Tensor:
         out_features,
         in_features,
         weight.terms_at_once,
-        weight.block,
     )
     return out
+
+
+def _max_rows(dtype: torch.dtype, block: int, num_terms: int) -> int:
+    if dtype == torch.float32:
+        return 1
+    if block == WIDE_BF16_BLOCK:
+        return _MAX_DOT_ROWS if has_features("avx512bf16") else 0
+    is_tiled = num_terms % TILE_TERMS == 0 and has_tiles()
+    return MAX_TILE_ROWS if is_tiled else _MAX_VECTOR_ROWS
 
 
 def packed_rows(matrix: Tensor) -> PackedRows | None:
@@ -254,13 +252,10 @@ def packed_rows(matrix: Tensor) -> PackedRows | None:
     tolerance = expected.abs().max() / 128 if dtype == torch.bfloat16 else 0
     address = torch.ops.mkldnn.data_ptr(matrix)
     terms = (shape[1], *(_TERMS_AT_ONCE if dtype == torch.float32 else ()))
-    for (block, max_rows), terms_at_once in itertools.product(_LAYOUTS[dtype].items(), terms):
-        if shape[0] % block != 0:
+    for block, terms_at_once in itertools.product(_BLOCKS[dtype], terms):
+        max_rows = _max_rows(dtype, block, shape[1])
+        if max_rows == 0 or shape[0] % block != 0:
             continue
-        if block == BF16_BLOCK and shape[1] % TILE_TERMS == 0 and has_tiles():
-            max_rows = MAX_TILE_ROWS
-        elif block == WIDE_BF16_BLOCK and dtype == torch.bfloat16 and has_features("avx512bf16"):
-            max_rows = _MAX_DOT_ROWS
         rows = PackedRows(address, shape, dtype, max_rows, terms_at_once, block)
         found = torch.cat([multiply(part, rows, None) for part in (x[:1], *x[1:].split(max_rows))])
         if bool(((found - expected).abs() <= tolerance).all()):

@@ -2,7 +2,7 @@
 """What numba's loops of products are made of: sums of products for blocks of outputs.
 
     bf16    weights of a block [in_features / 2, 32, 2], by vectors for few rows or by AMX tiles;
-            without AMX [in_features / 2, 64, 2], by vectors or dot products
+            without AMX [in_features / 2, 64, 2], one block at a time, by dot products
     fp32    weights of a block [in_features, 64], by vectors
     int8    weights of a block [in_features / 4, 64, 4], by tiles or vectors, one block at a time
     int4    weights of a block [in_features, 32] bytes, by vectors, one group of inputs at a time
@@ -30,7 +30,7 @@ from kernels.native import has_features, loop
 
 BF16_BLOCK, FP32_BLOCK, INT8_BLOCK, INT4_BLOCK = 32, 64, 64, 64
 WIDE_BF16_BLOCK = 64
-"""Outputs in a block."""
+"""Outputs in a block; the wide one is that of CPUs without AMX."""
 MAX_TILE_ROWS, TILE_TERMS, INT8_TILE_TERMS = 16, 32, 64
 """Rows of a tile, and terms of a sum that a tile takes at a time, in bf16 and in int8."""
 PREFETCH = 1536
