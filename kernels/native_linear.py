@@ -61,6 +61,7 @@ _dots_of_four_rows = sums_by_dots(4)
 _dots_of_five_rows = sums_by_dots(5)
 _dots_of_six_rows = sums_by_dots(_DOT_ROWS_AT_ONCE)
 _sums_in_fp32 = sums_by_vectors(FP32_BLOCK, 1, is_bf16=False)
+_sums_of_a_block_in_fp32 = sums_by_vectors(FP32_BLOCK, 1, is_bf16=False, num_blocks=1)
 
 
 @loop
@@ -160,24 +161,26 @@ def _multiply_fp32(data):
     x_at, weights_at, bias_at, out_at, _, _, out_features, num_terms, terms_at_once = given[:9]
     bias = array(bias_at, 0, out_features if bias_at != 0 else 0, FP32)
     out = array(out_at, 0, out_features, FP32)
-    sums, totals = np.empty((2, FP32_BLOCK), np.float32), np.empty((2, FP32_BLOCK), np.float32)
+    sums, totals = np.zeros((2, FP32_BLOCK), np.float32), np.empty((2, FP32_BLOCK), np.float32)
     block_bytes = FP32_BLOCK * num_terms * 4
     first, last, middle = _halves(out_features // FP32_BLOCK)
     for left in range(first, middle):
-        right = min(left - first + middle, last - 1)
+        right = left - first + middle
         totals[:] = 0
         for term in range(0, num_terms, terms_at_once):
-            _sums_in_fp32(
-                weights_at + left * block_bytes + term * FP32_BLOCK * 4,
-                weights_at + right * block_bytes + term * FP32_BLOCK * 4,
-                x_at + term * 4,
-                0,
-                min(terms_at_once, num_terms - term),
-                sums.ctypes.data,
-            )
+            left_at = weights_at + left * block_bytes + term * FP32_BLOCK * 4
+            right_at = weights_at + right * block_bytes + term * FP32_BLOCK * 4
+            num_summed = min(terms_at_once, num_terms - term)
+            if right < last:
+                _sums_in_fp32(left_at, right_at, x_at + term * 4, 0, num_summed, sums.ctypes.data)
+            else:
+                _sums_of_a_block_in_fp32(
+                    left_at, left_at, x_at + term * 4, 0, num_summed, sums.ctypes.data
+                )
             totals += sums
         store_block(totals[0], left, bias, out)
-        store_block(totals[1], right, bias, out)
+        if right < last:
+            store_block(totals[1], right, bias, out)
 
 
 @dataclass(frozen=True, slots=True)

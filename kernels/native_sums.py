@@ -110,11 +110,12 @@ def _each_term(builder, num_terms, step, starts=()):
     builder.position_at_end(after)
 
 
-def sums_by_vectors(block: int, num_rows: int, is_bf16: bool):
-    """An intrinsic for blocks of ``block`` outputs and ``num_rows`` rows.
+def sums_by_vectors(block: int, num_rows: int, is_bf16: bool, num_blocks: int = 2):
+    """An intrinsic for two blocks of ``block`` outputs, or the first alone, and ``num_rows`` rows.
 
     It takes the addresses of the two blocks' weights, of the rows (``row_bytes`` apart, dtype of
-    the weights), how many terms to sum, and where to put the sums, [2, num_rows, block] fp32.
+    the weights), how many terms to sum, and where to put the sums, [num_blocks, num_rows, block]
+    fp32.
     """
     num_vectors = block // _LANES
 
@@ -122,7 +123,7 @@ def sums_by_vectors(block: int, num_rows: int, is_bf16: bool):
     def sums(_context, first, second, rows, row_bytes, num_terms, out):
         def generate(context, builder, _signature, args):
             first, second, rows, row_bytes, num_terms, out = args
-            starts = [ir.Constant(_floats, [0.0] * _LANES)] * (2 * num_rows * num_vectors)
+            starts = [ir.Constant(_floats, [0.0] * _LANES)] * (num_blocks * num_rows * num_vectors)
             terms_of_word = 2 if is_bf16 else 1
             with _each_term(builder, num_terms, terms_of_word, starts) as (term, sums):
                 at_term = builder.mul(term, _i64(4 // terms_of_word))
@@ -131,7 +132,7 @@ def sums_by_vectors(block: int, num_rows: int, is_bf16: bool):
                     address = builder.add(rows, builder.mul(row_bytes, _i64(row)))
                     word = _load(builder, builder.add(address, at_term), _i32)
                     factors.append(_as_floats(builder, _splat(builder, word), is_bf16))
-                for which, weights in enumerate((first, second)):
+                for which, weights in enumerate((first, second)[:num_blocks]):
                     address = builder.add(weights, builder.mul(at_term, _i64(block)))
                     _prefetch(builder, address, 4 * block)
                     for vector in range(num_vectors):
