@@ -26,8 +26,10 @@ from kernels.dispatch import native, use_native
 SHORT_CONTEXT = 1 << 17
 MIN_RUN = 1 << 16
 MAX_COPY = 1 << 21
-# keys that a compiled loop reads sooner than this kernel does
-MAX_NATIVE_KEYS = 1024
+# keys of decodes that compiled loops take. They are faster than this kernel, but give a KV head to
+# a thread, where it shares one head's keys among threads: fewer keys if threads would idle
+MAX_NATIVE_KEYS = 8192
+MIN_NATIVE_KEYS = 1024
 # the kernel takes a thread for a head's tile of rows; for so many keys another one pays
 QUERY_TILE = 32
 MIN_KEYS_PER_THREAD = 512
@@ -93,11 +95,23 @@ def takes(k_cache: Tensor, v_cache: Tensor) -> bool:
     return k_cache.dtype in (torch.bfloat16, torch.float16) and k_cache.shape == v_cache.shape
 
 
+def native_keys(k_cache: Tensor) -> int:
+    """Up to how many keys decodes run in compiled loops; 0 if there are none for such a cache.
+
+    Args:
+        k_cache: [num_pages, page_size, num_kv_heads, dim].
+    """
+    if not use_native(k_cache) or not native("attention").takes(k_cache):
+        return 0
+    share_of_busy_threads = min(k_cache.shape[2] / torch.get_num_threads(), 1.0)
+    return max(int(MAX_NATIVE_KEYS * share_of_busy_threads), MIN_NATIVE_KEYS)
+
+
 def attend(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: PagedBatch, scale: float, out: Tensor
 ) -> None:
     """The rows of ``out`` [num_tokens, num_heads, head_dim]; see `kernels.attention`."""
-    max_native_keys = MAX_NATIVE_KEYS if use_native(q) else 0
+    max_native_keys = native_keys(k_cache) if use_native(q) else 0
     if max_native_keys and batch.num_decodes:
         native("attention").attend_decodes(q, k_cache, v_cache, batch, scale, max_native_keys, out)
         if batch.num_decodes == batch.num_seqs and batch.max_context_len <= max_native_keys:

@@ -19,34 +19,64 @@ from kernels.native import (
     array,
     entry,
     exp_of_negative,
+    has_features,
     launch,
     loop,
     share,
     store,
-    widen,
 )
+from kernels.native_sums import (
+    KEY_TILE,
+    MAX_VALUE_HEADS,
+    WORD_DIMS,
+    dots_of_keys,
+    weighted_values,
+)
+
+_add_for_one_head = weighted_values(1)
+_add_for_two_heads = weighted_values(2)
+_add_for_three_heads = weighted_values(3)
+_add_for_four_heads = weighted_values(MAX_VALUE_HEADS)
 
 
 @loop
-def _softmax(scores):
-    highest = scores[0]
+def _exponentials(scores, scale):
+    # in place; their sum
+    highest = scores[0] * scale
     for i in range(scores.size):
+        scores[i] *= scale
         highest = max(highest, scores[i])
     total = np.float32(0)
     for i in range(scores.size):
         weight = exp_of_negative(scores[i] - highest)
         scores[i] = weight
         total += weight
-    for i in range(scores.size):
-        scores[i] /= total
+    return total
 
 
 @loop
-def _read(cache_at, page_ids, page_size, position, num_kv_heads, kv_head, row):
-    slot = np.int64(page_ids[position // page_size]) * page_size + position % page_size
-    kept = array(cache_at, (slot * num_kv_heads + kv_head) * row.size, row.size, BF16)
-    for i in range(row.size):
-        row[i] = widen(kept[i])
+def _add_values(values_at, value_bytes, weights_at, weight_bytes, num_values, attended):
+    num_heads, dim = attended.shape
+    for head in range(0, num_heads, MAX_VALUE_HEADS):
+        num_left = num_heads - head
+        for first in range(0, dim, WORD_DIMS):
+            at = values_at + first * 2
+            weights = weights_at + head * weight_bytes
+            sums = attended.ctypes.data + (head * dim + first) * 4
+            if num_left == 1:
+                _add_for_one_head(at, value_bytes, weights, weight_bytes, num_values, sums, dim * 4)
+            elif num_left == 2:
+                _add_for_two_heads(
+                    at, value_bytes, weights, weight_bytes, num_values, sums, dim * 4
+                )
+            elif num_left == 3:
+                _add_for_three_heads(
+                    at, value_bytes, weights, weight_bytes, num_values, sums, dim * 4
+                )
+            else:
+                _add_for_four_heads(
+                    at, value_bytes, weights, weight_bytes, num_values, sums, dim * 4
+                )
 
 
 def _attend_bf16(data):
@@ -55,11 +85,10 @@ def _attend_bf16(data):
     num_decodes, max_pages, page_size, num_heads, num_kv_heads, dim, max_keys, q_stride = given[
         6:14
     ]
-    group = num_heads // num_kv_heads
+    group, token_bytes = num_heads // num_kv_heads, num_kv_heads * dim * 2
     context_lens = array(context_lens_at, 0, num_decodes, INT32)
-    query = np.empty((group, dim), np.float32)
     attended = np.empty((group, dim), np.float32)
-    row = np.empty(dim, np.float32)  # a key, or a value
+    totals = np.empty(group, np.float32)
     first, last = share(num_decodes * num_kv_heads)
     for item in range(first, last):
         seq, kv_head = item // num_kv_heads, item % num_kv_heads
@@ -68,31 +97,36 @@ def _attend_bf16(data):
             continue
         page_ids = array(block_table_at, seq * max_pages, max_pages, INT32)
         first_head = kv_head * group
-        q = array(q_at, seq * q_stride + first_head * dim, group * dim, BF16)
+        queries_at = q_at + (seq * q_stride + first_head * dim) * 2
+        scores = np.empty((group, -(-num_keys // KEY_TILE) * KEY_TILE), np.float32)
+        scores_at, scores_bytes = scores.ctypes.data, scores.shape[1] * 4
+        for position in range(0, num_keys, KEY_TILE):
+            slot = np.int64(page_ids[position // page_size]) * page_size + position % page_size
+            keys_at = k_cache_at + slot * token_bytes + kv_head * dim * 2
+            for head in range(group):
+                at = scores_at + head * scores_bytes + position * 4
+                dots_of_keys(keys_at, token_bytes, queries_at + head * dim * 2, dim, at)
+        for head in range(group):
+            totals[head] = _exponentials(scores[head, :num_keys], np.float32(scale))
+        attended[:] = 0
+        for position in range(0, num_keys, KEY_TILE):
+            slot = np.int64(page_ids[position // page_size]) * page_size + position % page_size
+            values_at = v_cache_at + slot * token_bytes + kv_head * dim * 2
+            num_values = min(KEY_TILE, num_keys - position)
+            weights_at = scores_at + position * 4
+            _add_values(values_at, token_bytes, weights_at, scores_bytes, num_values, attended)
         out = array(out_at, (seq * num_heads + first_head) * dim, group * dim, BF16)
         for head in range(group):
-            for i in range(dim):
-                query[head, i] = widen(q[head * dim + i]) * np.float32(scale)
-                attended[head, i] = 0
-        scores = np.empty((group, num_keys), np.float32)
-        for position in range(num_keys):
-            _read(k_cache_at, page_ids, page_size, position, num_kv_heads, kv_head, row)
-            for head in range(group):
-                score = np.float32(0)
-                for i in range(dim):
-                    score += query[head, i] * row[i]
-                scores[head, position] = score
-        for head in range(group):
-            _softmax(scores[head])
-        for position in range(num_keys):
-            _read(v_cache_at, page_ids, page_size, position, num_kv_heads, kv_head, row)
-            for head in range(group):
-                weight = scores[head, position]
-                for i in range(dim):
-                    attended[head, i] += weight * row[i]
-        for head in range(group):
-            for i in range(dim):
-                store(out, head * dim + i, attended[head, i])
+            for i in range(dim):  # a vector's even dimensions, then its odd ones
+                vector, lane = i // WORD_DIMS, i % WORD_DIMS
+                kept = vector * WORD_DIMS + lane // 2 + lane % 2 * (WORD_DIMS // 2)
+                store(out, head * dim + i, attended[head, kept] / totals[head])
+
+
+def takes(k_cache: Tensor) -> bool:
+    """Whether `attend_decodes` takes [num_pages, page_size, num_kv_heads, dim]."""
+    is_tiled = k_cache.shape[1] % KEY_TILE == 0 and k_cache.shape[3] % WORD_DIMS == 0
+    return k_cache.dtype == torch.bfloat16 and is_tiled and has_features("avx512f")
 
 
 def attend_decodes(

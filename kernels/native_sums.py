@@ -7,6 +7,8 @@
     int8    weights of a block [in_features / 4, 64, 4], by tiles or vectors, one block at a time
     int4    weights of a block [in_features, 32] bytes, by vectors, one group of inputs at a time
 
+and of attention: a query's products with `KEY_TILE` keys, and sums of as many weighted values.
+
 Written in LLVM's instructions, as numba knows neither vectors nor tiles nor prefetching. Left alone
 a processor asks for memory later than it could: what lies `PREFETCH` bytes ahead is asked for, and
 in bf16 and fp32 two blocks are read side by side. In vectors a lane is an output, whose terms are
@@ -33,6 +35,8 @@ WIDE_BF16_BLOCK = 64
 """Outputs in a block; the wide one is that of CPUs without AMX."""
 MAX_TILE_ROWS, TILE_TERMS, INT8_TILE_TERMS = 16, 32, 64
 """Rows of a tile, and terms of a sum that a tile takes at a time, in bf16 and in int8."""
+KEY_TILE, WORD_DIMS, MAX_VALUE_HEADS = 16, 32, 4
+"""Keys multiplied at a time, dimensions in a vector of words, query heads that share its values."""
 PREFETCH = 1536
 _LANES = 16
 _LINE = 64
@@ -422,5 +426,97 @@ def sums_of_int4(num_rows: int, group: int):
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 8), generate
+
+    return add
+
+
+def _as_words(builder, address, offset):
+    return _load(builder, builder.add(address, _i64(offset)), _words)
+
+
+def _transposed_sums(builder, vectors):
+    """Of 16 vectors their sums, a vector."""
+    width = _LANES
+    while len(vectors) > 1:
+        width //= 2
+        # lanes of a pair: those with an even number of width from the first, then from the second
+        orders: list[list[int]] = [[], []]
+        for lane in range(_LANES):
+            source = lane if lane & width == 0 else lane - width + _LANES
+            orders[0].append(source)
+            orders[1].append(source + width)
+        halves = len(vectors) // 2
+        pairs = zip(vectors[:halves], vectors[halves:], strict=True)
+        vectors = [
+            builder.fadd(
+                *(builder.shuffle_vector(a, b, ir.Constant(_words, order)) for order in orders)
+            )
+            for a, b in pairs
+        ]
+    return vectors[0]
+
+
+@intrinsic
+def dots_of_keys(_context, keys, key_bytes, query, num_dims, out):
+    """Products of a query with `KEY_TILE` keys, fp32.
+
+    It takes the addresses of the keys, ``key_bytes`` apart, and of the query, bf16, how many
+    dimensions they have, a multiple of `WORD_DIMS`, and where to put the products.
+    """
+
+    def generate(context, builder, _signature, args):
+        keys, key_bytes, query, num_dims, out = args
+        starts = [ir.Constant(_floats, [0.0] * _LANES)] * KEY_TILE
+        with _each_term(builder, num_dims, WORD_DIMS, starts) as (dim, sums):
+            at_dim = builder.mul(dim, _i64(2))
+            factors = _as_floats(builder, _as_words(builder, builder.add(query, at_dim), 0), True)
+            for key in range(KEY_TILE):
+                at_key = builder.add(keys, builder.mul(key_bytes, _i64(key)))
+                words = _as_words(builder, builder.add(at_key, at_dim), 0)
+                for pair in zip(_as_floats(builder, words, True), factors, strict=True):
+                    sums[key] = _call(builder, "fma.v16f32", _floats, [*pair, sums[key]])
+        _store_all(builder, [_transposed_sums(builder, sums)], out)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 5), generate
+
+
+def weighted_values(num_heads: int):
+    """An intrinsic: add weighted values to the sums of ``num_heads`` query heads.
+
+    It takes the addresses of the values, bf16, ``value_bytes`` apart, and of the first head's
+    weights, fp32, those of another head ``weight_bytes`` further, how many values there are, and
+    the address of the first head's sums of `WORD_DIMS` dimensions: 16 even ones, 16 odd ones, fp32,
+    those of another head ``sum_bytes`` further.
+    """
+
+    @intrinsic
+    def add(_context, values, value_bytes, weights, weight_bytes, num_values, sums, sum_bytes):
+        def generate(context, builder, _signature, args):
+            values, value_bytes, weights, weight_bytes, num_values, sums_at, sum_bytes = args
+            at_heads = [
+                builder.add(sums_at, builder.mul(sum_bytes, _i64(head)))
+                for head in range(num_heads)
+            ]
+            starts = [
+                _load(builder, builder.add(at, _i64(half)), _floats)
+                for at in at_heads
+                for half in (0, _LINE)
+            ]
+            with _each_term(builder, num_values, 1, starts) as (value, sums):
+                at_value = builder.add(values, builder.mul(value_bytes, value))
+                parts = _as_floats(builder, _as_words(builder, at_value, 0), True)
+                at_weight = builder.add(weights, builder.mul(value, _i64(4)))
+                for head in range(num_heads):
+                    at = builder.add(at_weight, builder.mul(weight_bytes, _i64(head)))
+                    weight = builder.bitcast(_splat(builder, _load(builder, at, _i32)), _floats)
+                    for half, part in enumerate(parts):
+                        i = 2 * head + half
+                        sums[i] = _call(builder, "fma.v16f32", _floats, [weight, part, sums[i]])
+            for head, at in enumerate(at_heads):
+                _store_all(builder, sums[2 * head : 2 * head + 2], at)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 7), generate
 
     return add

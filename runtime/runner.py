@@ -114,7 +114,7 @@ class ModelRunner:
         self.sampler = SamplerRows(max_num_seqs, num_tokens, device)
         self.queue = queue or (CudaQueue() if device.type == "cuda" else HostQueue())
         self.graphs: DecodeGraphs | None = None
-        self._tapes = DecodeTapes() if device.type == "cpu" else None
+        self._tapes = DecodeTapes(self.caches) if device.type == "cpu" else None
         # Rows of sequences, then one of padding. The device's copies are changed by steps only.
         self._max_num_seqs, self._max_model_len = max_num_seqs, max_model_len
         self._padding_row = max_num_seqs
@@ -233,7 +233,7 @@ class ModelRunner:
         )
         if self._tapes is None:
             return self.model.forward(inputs["token_ids"], batch, self.caches)
-        return self._tapes.forward(self.model, inputs["token_ids"], batch, self.caches)
+        return self._tapes.forward(self.model, inputs["token_ids"], batch)
 
     def _head(self, hidden: Tensor, inputs: Inputs, shape: StepShape) -> Tensor:
         if shape.num_sampled == 0:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from kernels.attention_sdpa import MAX_NATIVE_KEYS
+from kernels.attention_sdpa import native_keys
 from kernels.batch import PagedBatch
-from kernels.dispatch import compiles_loops, native
+from kernels.dispatch import native
 from runtime.models import CausalLM
 
 if TYPE_CHECKING:
@@ -34,27 +34,23 @@ class _Recorded:
 class DecodeTapes:
     """The forward pass of one model with its caches, replayed for steps that were recorded."""
 
-    def __init__(self) -> None:
+    def __init__(self, caches: list[dict[str, Tensor]]) -> None:
+        self._caches = caches
+        self._max_keys = min(map(_max_keys, caches))
         self._recorded: dict[int, _Recorded | None] = {}  # by sequences; None: cannot be
-        self._arena = native("tape").Arena() if compiles_loops() else None
+        self._arena = native("tape").Arena() if self._max_keys else None
 
-    def forward(
-        self,
-        model: CausalLM,
-        token_ids: Tensor,
-        batch: PagedBatch,
-        caches: list[dict[str, Tensor]],
-    ) -> Tensor:
+    def forward(self, model: CausalLM, token_ids: Tensor, batch: PagedBatch) -> Tensor:
         """``model.forward``; what a replay returns lasts until the next."""
         num_seqs = batch.num_seqs
-        is_usual = batch.num_decodes == num_seqs and batch.max_context_len <= MAX_NATIVE_KEYS
-        if self._arena is None or not is_usual or num_seqs > MAX_SEQS:
-            return model.forward(token_ids, batch, caches)
+        is_usual = batch.num_decodes == num_seqs and batch.max_context_len <= self._max_keys
+        if not is_usual or num_seqs > MAX_SEQS:
+            return model.forward(token_ids, batch, self._caches)
         if num_seqs not in self._recorded:
-            return self._record(model, token_ids, batch, caches)
+            return self._record(model, token_ids, batch)
         recorded = self._recorded[num_seqs]
         if recorded is None:
-            return model.forward(token_ids, batch, caches)
+            return model.forward(token_ids, batch, self._caches)
         recorded.token_ids.copy_(token_ids)
         kept = recorded.batch
         kept.positions.copy_(batch.positions)
@@ -64,15 +60,8 @@ class DecodeTapes:
         recorded.tape.replay()
         return recorded.tape.result
 
-    def _record(
-        self,
-        model: CausalLM,
-        token_ids: Tensor,
-        batch: PagedBatch,
-        caches: list[dict[str, Tensor]],
-    ) -> Tensor:
-        page_size = next(iter(caches[0].values())).shape[1]
-        num_pages = -(-MAX_NATIVE_KEYS // page_size)
+    def _record(self, model: CausalLM, token_ids: Tensor, batch: PagedBatch) -> Tensor:
+        num_pages = -(-self._max_keys // self._caches[0]["k"].shape[1])
         block_table = batch.block_table.new_zeros((batch.num_seqs, num_pages))
         block_table[:, : batch.block_table.shape[1]].copy_(batch.block_table)
         token_ids = token_ids.clone()
@@ -80,13 +69,19 @@ class DecodeTapes:
             batch,
             positions=batch.positions.clone(),
             slot_mapping=batch.slot_mapping.clone(),
+            cu_seqlens_q=batch.cu_seqlens_q.clone(),
             context_lens=batch.context_lens.clone(),
             block_table=block_table,
-            max_context_len=MAX_NATIVE_KEYS,
+            max_context_len=self._max_keys,
         )
         hidden: Tensor
         hidden, tape = native("tape").record(
-            lambda: model.forward(token_ids, kept, caches), self._arena
+            lambda: model.forward(token_ids, kept, self._caches), self._arena
         )
         self._recorded[batch.num_seqs] = None if tape is None else _Recorded(token_ids, kept, tape)
         return hidden
+
+
+def _max_keys(layer: dict[str, Tensor]) -> int:
+    """Up to how many keys a layer attends in compiled loops."""
+    return native_keys(layer["k"]) if "k" in layer else 0

@@ -19,10 +19,11 @@ from torch import Tensor
 
 from kernels.activation import silu_and_mul
 from kernels.attention import paged_attention
+from kernels.attention_sdpa import native_keys
 from kernels.dispatch import compiles_loops
 from kernels.norm import add_rms_norm, rms_norm
 from kernels.packed_linear import PackedWeight, pack_matrix, packed_linear
-from tests.kernels.paged import make_pages
+from tests.kernels.paged import make_pages, oracle_attention
 from tests.kernels.passes import TOLERANCE, assert_matches, assert_test_has_power
 from tests.kernels.test_attention import make
 from tests.kernels.test_linear import draw
@@ -228,3 +229,32 @@ def test_loops_of_other_cpus_compile(tmp_path: Path) -> None:
     }
     root = Path(__file__).resolve().parents[2]
     subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, check=True, timeout=300)
+
+
+# query heads, KV heads, dimensions
+@pytest.mark.parametrize("heads", [(5, 1, 32), (14, 2, 64), (4, 4, 96), (6, 2, 128), (16, 1, 256)])
+@pytest.mark.parametrize("page_size", [16, 64])
+def test_decodes_over_pages(heads: tuple[int, int, int], page_size: int, threads: int) -> None:
+    """Contexts that end anywhere in a tile of keys; slots after them hold NaN."""
+    num_heads, num_kv_heads, dim = heads
+    lengths = [(1, context) for context in (1, 2, 15, 16, 17, 31, 64, 65, 500, 3001)]
+    pages = make_pages(lengths, page_size, "cpu")
+    q, k, v = make(lengths, (num_heads, num_kv_heads, dim, dim), torch.bfloat16)
+    caches = [pages.scatter(x, torch.bfloat16, "cpu") for x in (k, v)]
+    if not native_keys(caches[0]):
+        pytest.skip("this CPU has no AVX-512")
+    actual = paged_attention(q, *caches, pages.batch, dim**-0.5)
+    oracle = oracle_attention(q, k, v, pages.batch, dim**-0.5)
+    assert_matches(actual, oracle)
+    assert_test_has_power(actual, oracle)
+
+
+def test_decodes_that_loops_do_not_take_are_attended_too() -> None:
+    """Beside others: longer contexts, chunks; and sizes that no vector divides."""
+    for dim, page_size in ((64, 16), (80, 16), (64, 8)):
+        lengths = [(1, 9000), (1, 30), (1, 8200), (1, 8192), (4, 90)]
+        pages = make_pages(lengths, page_size, "cpu")
+        q, k, v = make(lengths, (4, 2, dim, dim), torch.bfloat16)
+        caches = [pages.scatter(x, torch.bfloat16, "cpu") for x in (k, v)]
+        actual = paged_attention(q, *caches, pages.batch, dim**-0.5)
+        assert_matches(actual, oracle_attention(q, k, v, pages.batch, dim**-0.5))

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from kernels import attention_sdpa
 from kernels.dispatch import compiles_loops
 from kernels.packed_linear import PackedWeight
 from runtime import Engine, SamplingParams
@@ -88,8 +89,10 @@ def test_contexts_beyond_what_loops_take(
     tmp_path: Path, num_forwards: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They run as they did, and shorter ones are replayed again afterwards."""
+    monkeypatch.setattr(attention_sdpa, "MAX_NATIVE_KEYS", 128)
+    monkeypatch.setattr(attention_sdpa, "MIN_NATIVE_KEYS", 128)
     folder = write_checkpoint(tmp_path, MODEL, with_tokenizer=True)
-    prompts = [random_tokens(1000, 2048), random_tokens(12, 2048, seed=1)]
+    prompts = [random_tokens(104, 2048), random_tokens(12, 2048, seed=1)]
     results = []
     for max_seqs in (16, 0):
         monkeypatch.setattr("runtime.tapes.MAX_SEQS", max_seqs)
@@ -98,7 +101,7 @@ def test_contexts_beyond_what_loops_take(
         alone = [answers(engine, [prompt], [50]) for prompt in (*prompts, prompts[1])]
         results.append((alone, answers(engine, prompts, [50, 60])))
         if max_seqs:
-            # beyond 1,024 keys: 26 steps alone, 26 beside the short one
+            # beyond 128 keys: 26 steps alone, 26 beside the short one
             assert 52 < num_forwards[0] < 75
     assert results[0] == results[1]
 
