@@ -37,7 +37,7 @@ MAX_TILE_ROWS, TILE_TERMS, INT8_TILE_TERMS = 16, 32, 64
 """Rows of a tile, and terms of a sum that a tile takes at a time, in bf16 and in int8."""
 KEY_TILE, WORD_DIMS, MAX_VALUE_HEADS = 16, 32, 4
 """Keys multiplied at a time, dimensions in a vector of words, query heads that share its values."""
-# bytes ahead, and into which caches: 3 is all, 2 from the second on; measured with AMX and on a Zen 4
+# bytes ahead, and into which caches: 3 is all, 2 from the second on (a Xeon with AMX, a Zen 4)
 PREFETCH, _INTO = (1536, 3) if has_features("amx-tile") else (4096, 2)
 _LANES = 16
 _LINE = 64
