@@ -19,6 +19,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -125,12 +126,16 @@ def launch(entry: int, num_values: int, scalar: float, *args: int) -> None:
     num_threads = 1 if num_values < _VALUES_PER_THREAD else torch.get_num_threads()
     padded = args + _PADDING[len(args)]
     _launch(entry, num_threads, scalar, padded)
-    for note in recorders:
+    if (note := recorder.note) is not None:
         note(entry, scalar, padded)
 
 
-recorders: list[Callable[[int, float, tuple[int, ...]], None]] = []
-"""They are told of every launch: its entry, scalar and arguments."""
+class _Recorder(threading.local):
+    note: Callable[[int, float, tuple[int, ...]], None] | None = None
+
+
+recorder = _Recorder()
+"""Its ``note`` is told of every launch of the calling thread: the entry, scalar and arguments."""
 _PADDING = [(0,) * (MAX_ARGS - num_args) for num_args in range(MAX_ARGS + 1)]
 
 

@@ -5,7 +5,8 @@ A step of one token is some two hundred launches. Each is a few us of Python whe
 processor's cache, and several times that when the weights of the launch before have pushed it out.
 A tape keeps addresses and integers; it runs them in one parallel region, with a barrier between.
 
-What is recorded must be launches and views alone. Results lie in an `Arena`, where they stay.
+What is recorded must be launches and views alone, as torch's dispatcher tells; it does not tell of
+`Tensor.tolist` or of numpy. Results lie in an `Arena`, where they stay.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kernels.native import INT64, MAX_ARGS, arguments, array, call, entry, launch, recorders
+from kernels.native import INT64, MAX_ARGS, arguments, array, call, entry, launch, recorder
 
 _ALIGNMENT = 64
 _CHUNK_BYTES = 1 << 20
@@ -89,7 +90,8 @@ class _OnlyLaunches(TorchDispatchMode):
         if function is _aten.empty_like.default:
             return self._arena.take(args[0].shape, kwargs.get("dtype") or args[0].dtype)
         result = function(*args, **kwargs)
-        if function._schema.is_mutable or not _is_view(result, args):
+        is_new = function is _aten.lift_fresh.default  # made from Python's numbers
+        if is_new or function._schema.is_mutable or not _is_view(result, args):
             self.foreign = str(function)
         return result
 
@@ -97,9 +99,9 @@ class _OnlyLaunches(TorchDispatchMode):
 def _is_view(result: Any, args: Any) -> bool:
     """Whether all that an op returned lies in memory it was given."""
     given = {t.untyped_storage().data_ptr() for t in _tensors(args) if t.layout == torch.strided}
-    return all(
-        t.layout == torch.strided and t.untyped_storage().data_ptr() in given
-        for t in _tensors(result)
+    results = _tensors(result)  # none: a number, on which what follows may depend
+    return bool(results) and all(
+        t.layout == torch.strided and t.untyped_storage().data_ptr() in given for t in results
     )
 
 
@@ -122,9 +124,10 @@ class Tape:
 
 
 def record(function: Callable[[], Tensor], arena: Arena) -> tuple[Tensor, Tape | None]:
-    """Run a function; what it returns, and a tape of it, None if torch had a part in it.
+    """Run a function; what it returns, and a tape of it, None if torch computed something in it.
 
-    Every tensor it reads, other than those it makes, must stay where it is.
+    Every tensor it reads, other than those it allocates, must stay where it is, and what it does
+    must follow from none of their values. The result may lie in the arena.
     """
     entries: list[int] = []
     args: list[tuple[int, ...]] = []
@@ -136,12 +139,12 @@ def record(function: Callable[[], Tensor], arena: Arena) -> tuple[Tensor, Tape |
         args.append(given)
 
     arena.start()
-    recorders.append(note)
+    recorder.note = note
     try:
         with _OnlyLaunches(arena) as mode:
             result = function()
     finally:
-        recorders.remove(note)
+        recorder.note = None
     if mode.foreign is not None or not entries:
         return result, None
     packed = np.zeros((len(args), MAX_ARGS + 1), np.int64)

@@ -36,19 +36,21 @@ class DecodeTapes:
 
     def __init__(self, caches: list[dict[str, Tensor]]) -> None:
         self._caches = caches
-        self._max_keys = min(map(_max_keys, caches))
+        self._max_keys = _max_keys(caches)
         self._recorded: dict[int, _Recorded | None] = {}  # by sequences; None: cannot be
         self._arena = native("tape").Arena() if self._max_keys else None
 
     def forward(self, model: CausalLM, token_ids: Tensor, batch: PagedBatch) -> Tensor:
-        """``model.forward``; what a replay returns lasts until the next."""
+        """``model.forward``; what it returns lasts until the next."""
         num_seqs = batch.num_seqs
         is_usual = batch.num_decodes == num_seqs and batch.max_context_len <= self._max_keys
         if not is_usual or num_seqs > MAX_SEQS:
             return model.forward(token_ids, batch, self._caches)
-        if num_seqs not in self._recorded:
+        # with other threads since, fewer keys may be the loops'
+        can_record = num_seqs not in self._recorded and _max_keys(self._caches) == self._max_keys
+        if can_record:
             return self._record(model, token_ids, batch)
-        recorded = self._recorded[num_seqs]
+        recorded = self._recorded.get(num_seqs)
         if recorded is None:
             return model.forward(token_ids, batch, self._caches)
         recorded.token_ids.copy_(token_ids)
@@ -82,6 +84,6 @@ class DecodeTapes:
         return hidden
 
 
-def _max_keys(layer: dict[str, Tensor]) -> int:
-    """Up to how many keys a layer attends in compiled loops."""
-    return native_keys(layer["k"]) if "k" in layer else 0
+def _max_keys(caches: list[dict[str, Tensor]]) -> int:
+    """Up to how many keys every layer attends in compiled loops."""
+    return min(native_keys(layer["k"]) if "k" in layer else 0 for layer in caches)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from kernels import attention_sdpa
 from kernels.dispatch import compiles_loops
@@ -113,3 +114,21 @@ def test_models_in_which_torch_has_a_part_run_as_they_did(
     engine = make_engine(write_checkpoint(tmp_path, MODEL, with_tokenizer=True), dtype=dtype)
     answers(engine, [random_tokens(10, 2048)], [30])
     assert num_forwards[0] >= 30
+
+
+def test_an_engine_that_shares_its_process_with_one_of_more_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With them loops take fewer keys; a tape made then must not leave the others out."""
+    monkeypatch.setattr(attention_sdpa, "MAX_NATIVE_KEYS", 256)
+    monkeypatch.setattr(attention_sdpa, "MIN_NATIVE_KEYS", 64)
+    folder = write_checkpoint(tmp_path, MODEL, with_tokenizer=True)
+    prompt, before = random_tokens(50, 2048), torch.get_num_threads()
+    results = []
+    for max_seqs in (16, 0):
+        monkeypatch.setattr("runtime.tapes.MAX_SEQS", max_seqs)
+        engine = load(folder, num_threads=2)
+        torch.set_num_threads(8)
+        results.append(answers(engine, [prompt], [60]))
+        torch.set_num_threads(before)
+    assert results[0] == results[1]
