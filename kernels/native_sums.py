@@ -431,10 +431,6 @@ def sums_of_int4(num_rows: int, group: int):
     return add
 
 
-def _as_words(builder, address, offset):
-    return _load(builder, builder.add(address, _i64(offset)), _words)
-
-
 def _transposed_sums(builder, vectors):
     """Of 16 vectors their sums, a vector."""
     width = _LANES
@@ -470,10 +466,10 @@ def dots_of_keys(_context, keys, key_bytes, query, num_dims, out):
         starts = [ir.Constant(_floats, [0.0] * _LANES)] * KEY_TILE
         with _each_term(builder, num_dims, WORD_DIMS, starts) as (dim, sums):
             at_dim = builder.mul(dim, _i64(2))
-            factors = _as_floats(builder, _as_words(builder, builder.add(query, at_dim), 0), True)
+            factors = _as_floats(builder, _load(builder, builder.add(query, at_dim), _words), True)
             for key in range(KEY_TILE):
                 at_key = builder.add(keys, builder.mul(key_bytes, _i64(key)))
-                words = _as_words(builder, builder.add(at_key, at_dim), 0)
+                words = _load(builder, builder.add(at_key, at_dim), _words)
                 for pair in zip(_as_floats(builder, words, True), factors, strict=True):
                     sums[key] = _call(builder, "fma.v16f32", _floats, [*pair, sums[key]])
         _store_all(builder, [_transposed_sums(builder, sums)], out)
@@ -506,7 +502,7 @@ def weighted_values(num_heads: int):
             ]
             with _each_term(builder, num_values, 1, starts) as (value, sums):
                 at_value = builder.add(values, builder.mul(value_bytes, value))
-                parts = _as_floats(builder, _as_words(builder, at_value, 0), True)
+                parts = _as_floats(builder, _load(builder, at_value, _words), True)
                 at_weight = builder.add(weights, builder.mul(value, _i64(4)))
                 for head in range(num_heads):
                     at = builder.add(at_weight, builder.mul(weight_bytes, _i64(head)))
